@@ -1,0 +1,7 @@
+// The CPU kernels: avx2, float32 arithmetic, for float32, float16 and bfloat16.
+#define FA_REAL_IS_DOUBLE 0
+#include "cpu/simd/avx2.h"
+
+#include "cpu/kernels/kernels.h"
+
+FA_CPU_INSTANCE(avx2_f32)

@@ -1,0 +1,7 @@
+// The CPU kernels: scalar, float64 arithmetic.
+#define FA_REAL_IS_DOUBLE 1
+#include "cpu/simd/scalar.h"
+
+#include "cpu/kernels/kernels.h"
+
+FA_CPU_INSTANCE(scalar_f64)

@@ -1,0 +1,216 @@
+// Forward with an online softmax: no score matrix. Source: Dao, "FlashAttention-2" (2023), algorithm 1.
+//
+//   first, per (b, h_kv): K packed into transposed panels, V into padded rows (float32 V of full panels is used in place)
+//   then, per task (b, h, tile of kBlockM query rows):
+//     for each block of kBlockN keys that some row sees                      the K panel and V block stay in L2
+//       for each strip of kMicroRows rows                                    its kMicroRows x kBlockN scores stay in L1
+//         s = q k^T over the columns the strip sees, modified, masked at the interval's ends
+//         m' = max(m, rowmax s);  o *= e^(m - m');  p = e^(s - m');  l = l e^(m - m') + rowsum p
+//         o += dropout(p) v
+//     o /= l;  lse = m + ln l                                                a sink joins l here
+#ifndef FA_FUSED_FORWARD_H
+#define FA_FUSED_FORWARD_H
+
+#include "cpu/kernels/micro.h"
+#include "cpu/kernels/packing.h"
+#include "cpu/kernels/scores.h"
+
+enum {
+    kBlockM = 64,  // a multiple of 16, for dropout_tile; small, so that few tasks wait for a long one
+    kBlockN = 256, // K and V block of float32, head_dim 128: 256 KiB, half of a 512 KiB L2
+};
+
+typedef struct forward_scratch { // of one worker
+    real *q;                     // [kBlockM][d_stride], scaled
+    real *acc_o;                 // [kBlockM][dv_stride]
+    real *s;                     // [kMicroRows][kBlockN]
+    real *keep;                  // [kBlockM][kBlockN]
+    real *row;                   // [kBlockN]
+    real *pack;                  // [kMicroCols][d_stride]
+    real *row_max, *row_sum;     // [kBlockM], natural units
+} forward_scratch;
+
+typedef struct forward_plan {
+    const fa_forward_args *args;
+    int64_t q_tiles, k_chunks;   // per head
+    int64_t d_stride, dv_stride; // head_dim in whole vectors, head_dim_v in whole panels
+    int v_in_place;
+    packed k_panels, v_rows;
+    char *scratch;
+    size_t scratch_bytes; // per worker
+    size_t workspace_bytes;
+} forward_plan;
+
+static forward_scratch forward_scratch_at(const forward_plan *plan, char *base, size_t *bytes) {
+    fa_arena arena = {base, 0};
+    forward_scratch scratch;
+    scratch.q = fa_take(&arena, (size_t)(kBlockM * plan->d_stride) * sizeof(real));
+    scratch.acc_o = fa_take(&arena, (size_t)(kBlockM * plan->dv_stride) * sizeof(real));
+    scratch.s = fa_take(&arena, kMicroRows * kBlockN * sizeof(real));
+    scratch.keep = fa_take(&arena, (plan->args->dropout_p > 0 ? kBlockM * kBlockN : 0) * sizeof(real));
+    scratch.row = fa_take(&arena, kBlockN * sizeof(real));
+    scratch.pack = fa_take(&arena, (size_t)(kMicroCols * plan->d_stride) * sizeof(real));
+    scratch.row_max = fa_take(&arena, kBlockM * sizeof(real));
+    scratch.row_sum = fa_take(&arena, kBlockM * sizeof(real));
+    if (bytes) *bytes = arena.used_bytes;
+    return scratch;
+}
+
+static forward_plan forward_plan_of(const fa_forward_args *args) {
+    forward_plan plan = {.args = args};
+    plan.q_tiles = fa_ceil_div(args->seqlen_q, kBlockM);
+    plan.k_chunks = fa_ceil_div(args->seqlen_k, kPackRows);
+    plan.d_stride = fa_round_up(args->head_dim, kLanes);
+    plan.dv_stride = fa_round_up(args->head_dim_v, kMicroCols);
+    plan.v_in_place = args->dtype == REAL_DTYPE && args->head_dim_v % kMicroCols == 0;
+    fa_arena arena = {args->workspace, 0};
+    plan.k_panels = packed_take(&arena, args, kSideK, args->heads_kv, args->head_dim);
+    if (!plan.v_in_place) plan.v_rows = packed_take(&arena, args, kSideK, args->heads_kv, plan.dv_stride);
+    forward_scratch_at(&plan, NULL, &plan.scratch_bytes);
+    plan.scratch = fa_take(&arena, plan.scratch_bytes * (size_t)fa_worker_count(&args->workers));
+    plan.workspace_bytes = arena.used_bytes;
+    return plan;
+}
+
+static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
+    const forward_plan *plan = arg;
+    const fa_forward_args *args = plan->args;
+    const int64_t chunk = task % plan->k_chunks, head = task / plan->k_chunks % args->heads_kv;
+    const int64_t b = task / plan->k_chunks / args->heads_kv;
+    const fa_sequence seq = fa_sequence_at(args, b);
+    const int64_t row0 = chunk * kPackRows, n = fa_min(kPackRows, seq.len_k - row0);
+    if (n <= 0) return;
+    const forward_scratch scratch = forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
+    pack_panels(&plan->k_panels, args, &args->k, kSideK, &seq, b, head, row0, n, args->head_dim, scratch.pack);
+    if (!plan->v_in_place) pack_rows(&plan->v_rows, args, &args->v, kSideK, &seq, b, head, row0, n, args->head_dim_v, 1);
+}
+
+// p = e^(s - m') over n columns of one row, with the running maximum and sum; o is rescaled where the maximum grew.
+static inline void softmax_row(real *s, int64_t n, real *row_max, real *row_sum, real *acc_o, int64_t o_cols) {
+    vreal max0 = v_set1(-INFINITY), max1 = max0;
+    for (int64_t c = 0; c < n; c += kMicroCols) {
+        for (int k = 0; k < kMicroVectors; k += 2) {
+            max0 = v_max(v_load(s + c + k * kLanes), max0);
+            max1 = v_max(v_load(s + c + (k + 1) * kLanes), max1);
+        }
+    }
+    const real block_max = v_hmax(v_max(max0, max1));
+    if (block_max > *row_max) {
+        if (*row_sum != 0) {
+            const real alpha = v_hmax(v_exp2(v_set1((*row_max - block_max) * kLog2E)));
+            *row_sum *= alpha;
+            for (int64_t c = 0; c < o_cols; c += kLanes) v_store(acc_o + c, v_mul(v_set1(alpha), v_load(acc_o + c)));
+        }
+        *row_max = block_max;
+    }
+    const vreal scale = v_set1(kLog2E), shift = v_set1(*row_max == -INFINITY ? 0 : -*row_max * kLog2E);
+    vreal sum0 = v_set1(0), sum1 = sum0;
+    for (int64_t c = 0; c < n; c += kMicroCols) {
+        for (int k = 0; k < kMicroVectors; k += 2) {
+            const vreal p0 = v_exp2(v_fma(v_load(s + c + k * kLanes), scale, shift));
+            const vreal p1 = v_exp2(v_fma(v_load(s + c + (k + 1) * kLanes), scale, shift));
+            sum0 = v_add(sum0, p0);
+            sum1 = v_add(sum1, p1);
+            v_store(s + c + k * kLanes, p0);
+            v_store(s + c + (k + 1) * kLanes, p1);
+        }
+    }
+    *row_sum += v_hsum(v_add(sum0, sum1));
+}
+
+// Rows [r0, r0 + n) of the tile at row m0 against the keys of block n0.
+static void forward_strip(const forward_plan *plan, const forward_scratch *scratch, const score_rule *rule, const real *k_panels,
+                          const real *v, int64_t v_stride, int64_t m0, int64_t r0, int64_t n, int64_t n0) {
+    const fa_forward_args *args = plan->args;
+    const int64_t col_lo = fa_max(fa_visible_keys(args, &rule->seq, m0 + r0).lo, n0);
+    const int64_t col_hi = fa_min(fa_visible_keys(args, &rule->seq, m0 + r0 + n - 1).hi, n0 + kBlockN);
+    if (col_lo >= col_hi) return;
+    const int64_t first = n0 + (col_lo - n0) / kMicroCols * kMicroCols; // the columns computed: whole panels
+    const int64_t cols = fa_round_up(col_hi - first, kMicroCols);
+    for (int64_t c = 0; c < cols; c += kMicroCols)
+        micro_kernel(n, args->head_dim, scratch->q + r0 * plan->d_stride, plan->d_stride, 1,
+                     k_panels + (first + c) * args->head_dim, kMicroCols, scratch->s + c, kBlockN, 0);
+    for (int64_t r = r0; r < r0 + n; ++r) {
+        real *s = scratch->s + (r - r0) * kBlockN, *acc_o = scratch->acc_o + r * plan->dv_stride;
+        if (rule->modified) modify_scores(rule, s, m0 + r, first, cols, NULL, scratch->row);
+        mask_scores(s, first, cols, fa_visible_keys(args, &rule->seq, m0 + r));
+        softmax_row(s, cols, &scratch->row_max[r], &scratch->row_sum[r], acc_o, plan->dv_stride);
+        if (args->dropout_p > 0) {
+            const real *keep = scratch->keep + r * kBlockN + (first - n0);
+            for (int64_t c = 0; c < cols; c += kLanes) v_store(s + c, v_mul(v_load(s + c), v_load(keep + c)));
+        }
+    }
+    for (int64_t d = 0; d < plan->dv_stride; d += kMicroCols)
+        micro_kernel(n, col_hi - col_lo, scratch->s + (col_lo - first), kBlockN, 1, v + col_lo * v_stride + d, v_stride,
+                     scratch->acc_o + r0 * plan->dv_stride + d, plan->dv_stride, 1);
+}
+
+// o and lse of one row from its unnormalised sum; the sink is one more term of l.
+static void forward_finish_row(const fa_forward_args *args, const fa_sequence *seq, int64_t h, int64_t row, const real *acc_o,
+                               real row_max, real row_sum) {
+    real weight = 1;
+    if (args->sinks.data) {
+        const real sink = (real)fa_load(args->sinks.data, args->sinks.dtype, h * args->sinks.stride_h);
+        const real joint = sink > row_max ? sink : row_max;
+        if (joint != -INFINITY) {
+            weight = v_hmax(v_exp2(v_set1((row_max - joint) * kLog2E)));
+            row_sum = row_sum * weight + v_hmax(v_exp2(v_set1((sink - joint) * kLog2E)));
+            row_max = joint;
+        }
+    }
+    const int64_t o_at = fa_row_offset(&args->o, seq->batch_index, h, seq->row_q + row);
+    const int64_t lse_at = fa_row_offset(&args->lse, seq->batch_index, h, seq->row_q + row);
+    store_row((char *)args->o.data + o_at * fa_dtype_bytes(args->dtype), acc_o, args->head_dim_v, args->dtype,
+              row_sum == 0 ? 0 : weight / row_sum); // a NaN sum stays NaN
+    ((real *)args->lse.data)[lse_at] = row_sum == 0 ? -INFINITY : row_max + real_log(row_sum);
+}
+
+static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
+    const forward_plan *plan = arg;
+    const fa_forward_args *args = plan->args;
+    const int64_t tile = plan->q_tiles - 1 - task % plan->q_tiles; // causal: the longest tiles of a head first
+    const int64_t h = task / plan->q_tiles % args->heads_q, b = task / plan->q_tiles / args->heads_q;
+    const int64_t h_kv = h / (args->heads_q / args->heads_kv), m0 = tile * kBlockM;
+    const score_rule rule = score_rule_of(args, b, h);
+    const fa_sequence *seq = &rule.seq;
+    const forward_scratch scratch = forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
+    const int64_t rows = fa_max(0, fa_min(kBlockM, seq->len_q - m0));
+
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t offset = fa_row_offset(&args->q, seq->batch_index, h, seq->row_q + m0 + r);
+        load_row(scratch.q + r * plan->d_stride, element_at(args->q.data, args->dtype, offset), args->head_dim,
+                 plan->d_stride, args->dtype, (real)args->softmax_scale);
+        scratch.row_max[r] = -INFINITY;
+        scratch.row_sum[r] = 0;
+    }
+    memset(scratch.acc_o, 0, (size_t)(rows * plan->dv_stride) * sizeof(real));
+
+    const int64_t first_row = packed_first_row(args, kSideK, b);
+    const real *k_panels = packed_at(&plan->k_panels, h_kv, first_row);
+    const int64_t v_offset = fa_row_offset(&args->v, seq->batch_index, h_kv, seq->row_k);
+    const real *v = plan->v_in_place ? (const real *)args->v.data + v_offset : packed_at(&plan->v_rows, h_kv, first_row);
+    const int64_t v_stride = plan->v_in_place ? args->v.stride_l : plan->dv_stride;
+
+    const int64_t col_lo = rows ? fa_visible_keys(args, seq, m0).lo : 0;
+    const int64_t col_hi = rows ? fa_visible_keys(args, seq, m0 + rows - 1).hi : 0;
+    for (int64_t n0 = col_lo / kBlockN * kBlockN; n0 < col_hi; n0 += kBlockN) {
+        if (args->dropout_p > 0)
+            dropout_tile(scratch.keep, kBlockN, args, b * args->heads_q + h, m0, rows, n0, kBlockN,
+                         (real)(1 / (1 - args->dropout_p)));
+        for (int64_t r0 = 0; r0 < rows; r0 += kMicroRows)
+            forward_strip(plan, &scratch, &rule, k_panels, v, v_stride, m0, r0, fa_min(kMicroRows, rows - r0), n0);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        forward_finish_row(args, seq, h, m0 + r, scratch.acc_o + r * plan->dv_stride, scratch.row_max[r],
+                           scratch.row_sum[r]);
+}
+
+static size_t fused_forward_workspace_bytes(const fa_forward_args *args) { return forward_plan_of(args).workspace_bytes; }
+
+static void fused_forward_run(const fa_forward_args *args) {
+    forward_plan plan = forward_plan_of(args);
+    fa_parallel_for(&args->workers, args->batch * args->heads_kv * plan.k_chunks, forward_pack_task, &plan);
+    fa_parallel_for(&args->workers, args->batch * args->heads_q * plan.q_tiles, forward_tile_task, &plan);
+}
+
+#endif

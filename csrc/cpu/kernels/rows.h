@@ -1,0 +1,104 @@
+// Rows between memory and arithmetic: loading and storing in any dtype, packing panels for the micro-kernel, dropout.
+#ifndef FA_ROWS_H
+#define FA_ROWS_H
+
+#include <math.h>
+#include <string.h>
+
+#include "cpu/cpu.h"
+#include "philox.h"
+
+#if FA_REAL_IS_DOUBLE
+#define REAL_DTYPE FA_FLOAT64
+#define real_log log
+#else
+#define REAL_DTYPE FA_FLOAT32
+#define real_log logf
+#endif
+
+static const real kLog2E = (real)1.4426950408889634;
+
+static inline const char *element_at(const void *base, fa_dtype dtype, int64_t index) {
+    return (const char *)base + index * fa_dtype_bytes(dtype);
+}
+
+// dst[0 ... n) = scale * src[0 ... n), then zeros up to `padded`.
+static void load_row(real *dst, const void *src, int64_t n, int64_t padded, fa_dtype dtype, real scale) {
+    int64_t i = 0;
+    const vreal v_scale = v_set1(scale);
+    if (dtype == REAL_DTYPE) {
+        for (; i + kLanes <= n; i += kLanes) v_store(dst + i, v_mul(v_scale, v_load((const real *)src + i)));
+#if !FA_REAL_IS_DOUBLE
+    } else if (dtype == FA_FLOAT16) {
+        for (; i + kLanes <= n; i += kLanes) v_store(dst + i, v_mul(v_scale, v_load_f16((const uint16_t *)src + i)));
+    } else if (dtype == FA_BFLOAT16) {
+        for (; i + kLanes <= n; i += kLanes) v_store(dst + i, v_mul(v_scale, v_load_bf16((const uint16_t *)src + i)));
+#endif
+    }
+    for (; i < n; ++i) dst[i] = scale * (real)fa_load(src, dtype, i);
+    for (; i < padded; ++i) dst[i] = 0;
+}
+
+// dst[0 ... n) = scale * src[0 ... n).
+static void store_row(void *dst, const real *src, int64_t n, fa_dtype dtype, real scale) {
+    int64_t i = 0;
+    const vreal v_scale = v_set1(scale);
+    if (dtype == REAL_DTYPE) {
+        for (; i + kLanes <= n; i += kLanes) v_store((real *)dst + i, v_mul(v_scale, v_load(src + i)));
+#if !FA_REAL_IS_DOUBLE
+    } else if (dtype == FA_FLOAT16) {
+        for (; i + kLanes <= n; i += kLanes) v_store_f16((uint16_t *)dst + i, v_mul(v_scale, v_load(src + i)));
+    } else if (dtype == FA_BFLOAT16) {
+        for (; i + kLanes <= n; i += kLanes) v_store_bf16((uint16_t *)dst + i, v_mul(v_scale, v_load(src + i)));
+#endif
+    }
+    for (; i < n; ++i) fa_store(dst, dtype, i, scale * src[i]);
+}
+
+
+// dst[0 ... n) = n elements that lie `stride` apart (0: one element for all).
+static void load_strided(real *dst, const void *src, int64_t n, int64_t stride, fa_dtype dtype) {
+    if (stride == 1) {
+        load_row(dst, src, n, n, dtype, 1);
+    } else {
+        for (int64_t i = 0; i < n; ++i) dst[i] = (real)fa_load(src, dtype, i * stride);
+    }
+}
+
+// Rows of one tensor as `real`, transposed into a panel of kMicroCols of them: panel[d][row]. Rows past n are zero.
+// rows: scratch of kMicroCols x round_up(width, kLanes).
+static void pack_transposed(real *panel, real *rows, const fa_tensor *t, fa_dtype dtype, const void *first, int64_t n,
+                            int64_t width) {
+    const int64_t stride = fa_round_up(width, kLanes);
+    for (int64_t r = 0; r < n; ++r)
+        load_row(rows + r * stride, element_at(first, dtype, r * t->stride_l), width, stride, dtype, 1);
+    memset(rows + n * stride, 0, (size_t)((kMicroCols - n) * stride) * sizeof(real));
+    for (int64_t d = 0; d < width; ++d)
+        for (int64_t r = 0; r < kMicroCols; ++r) panel[d * kMicroCols + r] = rows[r * stride + d];
+}
+
+// keep[rows][ld] = kept_value where dropout keeps (row0 + i, col0 + j), 0 where it drops it.
+// row0 and col0 are multiples of 16; cols is rounded up to 16, so ld must be.
+static void dropout_tile(real *keep, int64_t ld, const fa_forward_args *args, int64_t head, int64_t row0, int64_t rows,
+                         int64_t col0, int64_t cols, real kept_value) {
+    const uint64_t seed = (uint64_t)*args->dropout_seed;
+    const uint32_t threshold = fa_dropout_threshold(args->dropout_p);
+    for (int64_t i = 0; i < rows; i += 16) {
+        for (int64_t j = 0; j < cols; j += 16) {
+            for (int64_t group = 0; group < 32; ++group) { // 8 row pairs x 4 column quads
+                const int64_t g = group >> 2, t = group & 3;
+                uint32_t words[4] = {fa_dropout_row_word(row0 + i + g), fa_dropout_col_word(col0 + j + 2 * t),
+                                     (uint32_t)head, args->dropout_offset};
+                fa_philox(words, (uint32_t)seed, (uint32_t)(seed >> 32));
+                for (int64_t field = 0; field < 8; ++field) {
+                    const int64_t row = i + g + 8 * ((field >> 1) & 1);
+                    const int64_t col = j + 2 * t + 8 * (field >> 2) + (field & 1);
+                    const uint32_t bits = (words[field >> 1] >> (16 * (field & 1))) & 0xFFFFu;
+                    if (row < rows) keep[row * ld + col] = bits >= threshold ? kept_value : 0;
+                }
+            }
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,320 @@
+// The gate: every argument check, workspace sizes, the choice of kernel.
+#include "flash_attention.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "error.h"
+#include "kernel_table.h"
+
+static const char *const kImplNames[] = {"auto", "reference", "naive", "split", "fused", "tensor_core", "hopper"};
+static const char *const kDtypeNames[] = {"float32", "float64", "float16", "bfloat16"};
+static const char *const kDeviceNames[] = {"cpu", "cuda"};
+enum { kImplCount = 7, kDtypeCount = 4, kDeviceCount = 2 };
+
+const char *fa_impl_name(fa_impl impl) { return (unsigned)impl < kImplCount ? kImplNames[impl] : "?"; }
+const char *fa_dtype_name(fa_dtype dtype) { return (unsigned)dtype < kDtypeCount ? kDtypeNames[dtype] : "?"; }
+
+fa_status fa_impl_parse(const char *name, fa_impl *impl) {
+    for (int i = 0; i < kImplCount; ++i)
+        if (strcmp(kImplNames[i], name) == 0) {
+            *impl = (fa_impl)i;
+            return FA_OK;
+        }
+    return fa_fail(FA_ERROR_VALUE, "impl '%s': must be one of auto, reference, naive, split, fused, tensor_core, hopper",
+                   name);
+}
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+static const int64_t kMaxSize = INT32_MAX;
+
+static fa_status check_size(const char *name, int64_t value, int64_t least, int64_t most) {
+    FA_REQUIRE(value >= least && value <= most, FA_ERROR_VALUE, "%s %lld: must be between %lld and %lld", name,
+               (long long)value, (long long)least, (long long)most);
+    return FA_OK;
+}
+
+static fa_status check_sizes(const fa_forward_args *args) {
+    FA_CHECK(check_size("batch", args->batch, 0, kMaxSize));
+    FA_CHECK(check_size("heads_q", args->heads_q, 1, kMaxSize));
+    FA_CHECK(check_size("heads_kv", args->heads_kv, 1, kMaxSize));
+    FA_REQUIRE(args->heads_q % args->heads_kv == 0, FA_ERROR_VALUE,
+               "heads_q %lld, heads_kv %lld: the query heads must be a multiple of the key/value heads",
+               (long long)args->heads_q, (long long)args->heads_kv);
+    FA_REQUIRE(args->batch * args->heads_q <= UINT32_MAX, FA_ERROR_VALUE, "batch x heads_q %lld: must be below 2^32",
+               (long long)(args->batch * args->heads_q));
+    FA_CHECK(check_size("seqlen_q", args->seqlen_q, 0, kMaxSize));
+    FA_CHECK(check_size("seqlen_k", args->seqlen_k, 0, kMaxSize));
+    FA_CHECK(check_size("head_dim", args->head_dim, 1, FA_MAX_HEAD_DIM));
+    return check_size("head_dim_v", args->head_dim_v, 1, FA_MAX_HEAD_DIM);
+}
+
+static fa_status check_options(const fa_forward_args *args) {
+    FA_REQUIRE(isfinite(args->softmax_scale), FA_ERROR_VALUE, "softmax_scale %g: must be finite", args->softmax_scale);
+    FA_REQUIRE(isfinite(args->softcap) && args->softcap >= 0, FA_ERROR_VALUE,
+               "softcap %g: must be finite and positive, or 0 for none", args->softcap);
+    FA_REQUIRE(args->causal == 0 || args->causal == 1, FA_ERROR_VALUE, "causal %d: must be 0 or 1", (int)args->causal);
+    FA_REQUIRE(args->window_left >= -1 && args->window_right >= -1, FA_ERROR_VALUE,
+               "window_size (%lld, %lld): each side must be >= 0, or -1 for unbounded", (long long)args->window_left,
+               (long long)args->window_right);
+    FA_REQUIRE(args->dropout_p >= 0 && args->dropout_p < 1, FA_ERROR_VALUE, "dropout_p %g: must be in [0, 1)",
+               args->dropout_p);
+    FA_REQUIRE((args->dropout_p > 0) == (args->dropout_seed != NULL), FA_ERROR_VALUE,
+               "dropout_seed: must be given iff dropout_p > 0, which is %g", args->dropout_p);
+    return FA_OK;
+}
+
+// The dtype of bias or sinks: the inputs', float32, or float64 with float64 inputs.
+static fa_status check_companion(const char *name, fa_dtype dtype, fa_dtype inputs, int own_dtype) {
+    const int allowed = dtype == FA_FLOAT32 || (own_dtype && dtype == inputs) || (dtype == FA_FLOAT64 && inputs == FA_FLOAT64);
+    FA_REQUIRE(allowed, FA_ERROR_TYPE, "%s is %s: with %s inputs it must be float32%s%s", name, fa_dtype_name(dtype),
+               fa_dtype_name(inputs), inputs != FA_FLOAT32 && (own_dtype || inputs == FA_FLOAT64) ? " or " : "",
+               inputs != FA_FLOAT32 && (own_dtype || inputs == FA_FLOAT64) ? fa_dtype_name(inputs) : "");
+    return FA_OK;
+}
+
+static fa_status check_extras(const fa_forward_args *args) {
+    if (args->bias.data) {
+        FA_REQUIRE(!args->cu_seqlens_q, FA_ERROR_VALUE, "bias: packed sequences (cu_seqlens) take none");
+        FA_CHECK(check_companion("bias", args->bias.dtype, args->dtype, 1));
+    }
+    if (args->alibi_slopes.data)
+        FA_CHECK(check_companion("alibi_slopes", args->alibi_slopes.dtype, args->dtype, 0));
+    if (args->sinks.data) {
+        FA_CHECK(check_companion("sinks", args->sinks.dtype, args->dtype, 1));
+        FA_REQUIRE(args->sinks.stride_b == 0, FA_ERROR_VALUE, "sinks: stride_b %lld must be 0, one sink a head",
+                   (long long)args->sinks.stride_b);
+    }
+    const int packed_q = args->cu_seqlens_q != NULL, packed_k = args->cu_seqlens_k != NULL;
+    FA_REQUIRE(packed_q == packed_k, FA_ERROR_VALUE, "cu_seqlens_q and cu_seqlens_k: give both or neither");
+    FA_REQUIRE(!packed_q || (!args->seqlens_q && !args->seqlens_k), FA_ERROR_VALUE,
+               "seqlens_q, seqlens_k: are for padded batches, not with cu_seqlens");
+    if (packed_q) {
+        FA_CHECK(check_size("total_q", args->total_q, 0, kMaxSize));
+        FA_CHECK(check_size("total_k", args->total_k, 0, kMaxSize));
+    }
+    return FA_OK;
+}
+
+static fa_status check_seqlens(const char *name, const int32_t *seqlens, int64_t batch, int64_t limit) {
+    for (int64_t b = 0; seqlens && b < batch; ++b)
+        FA_REQUIRE(seqlens[b] >= 0 && seqlens[b] <= limit, FA_ERROR_VALUE,
+                   "%s[%lld] = %d: must be between 0 and the tensor's %lld rows", name, (long long)b, (int)seqlens[b],
+                   (long long)limit);
+    return FA_OK;
+}
+
+static fa_status check_cu_seqlens(const char *name, const int32_t *cu_seqlens, int64_t batch, int64_t total,
+                                  int64_t longest) {
+    if (!cu_seqlens) return FA_OK;
+    FA_REQUIRE(cu_seqlens[0] == 0, FA_ERROR_VALUE, "%s[0] = %d: must be 0", name, (int)cu_seqlens[0]);
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
+        FA_REQUIRE(length >= 0, FA_ERROR_VALUE, "%s[%lld] = %d after %d: must not decrease", name, (long long)(b + 1),
+                   (int)cu_seqlens[b + 1], (int)cu_seqlens[b]);
+        FA_REQUIRE(cu_seqlens[b + 1] <= total, FA_ERROR_VALUE, "%s[%lld] = %d: ends beyond the tensor's %lld rows", name,
+                   (long long)(b + 1), (int)cu_seqlens[b + 1], (long long)total);
+        FA_REQUIRE(length <= longest, FA_ERROR_VALUE, "%s: sequence %lld has %lld rows, more than max_seqlen %lld", name,
+                   (long long)b, (long long)length, (long long)longest);
+    }
+    return FA_OK;
+}
+
+static fa_status check_tensor(const char *name, const fa_tensor *t, int64_t elements) {
+    FA_REQUIRE(t->data || elements == 0, FA_ERROR_VALUE, "%s: is NULL but has %lld elements", name, (long long)elements);
+    return FA_OK;
+}
+
+static int64_t q_rows(const fa_forward_args *args) {
+    return (args->cu_seqlens_q ? args->total_q : args->batch * args->seqlen_q) * args->heads_q;
+}
+static int64_t k_rows(const fa_forward_args *args) {
+    return (args->cu_seqlens_k ? args->total_k : args->batch * args->seqlen_k) * args->heads_kv;
+}
+
+static fa_status check_request(const fa_forward_args *args) {
+    FA_REQUIRE(args, FA_ERROR_VALUE, "args: is NULL");
+    FA_REQUIRE((unsigned)args->device < kDeviceCount, FA_ERROR_VALUE, "device %d: must be FA_CPU or FA_CUDA",
+               (int)args->device);
+    FA_REQUIRE((unsigned)args->impl < kImplCount, FA_ERROR_VALUE, "impl %d: no such kernel", (int)args->impl);
+    FA_REQUIRE((unsigned)args->dtype < kDtypeCount, FA_ERROR_TYPE,
+               "dtype %d: must be float32, float64, float16 or bfloat16", (int)args->dtype);
+    FA_CHECK(check_sizes(args));
+    FA_CHECK(check_options(args));
+    FA_CHECK(check_extras(args));
+    FA_REQUIRE(args->device != FA_CPU || fa_cpu_isa(), FA_ERROR_VALUE, "%s", fa_error_text());
+    return FA_OK;
+}
+
+// What is behind the pointers; lengths are read where the host can.
+static fa_status check_data(const fa_forward_args *args) {
+    FA_CHECK(check_tensor("q", &args->q, q_rows(args)));
+    FA_CHECK(check_tensor("k", &args->k, k_rows(args)));
+    FA_CHECK(check_tensor("v", &args->v, k_rows(args)));
+    FA_CHECK(check_tensor("o", &args->o, q_rows(args)));
+    FA_CHECK(check_tensor("lse", &args->lse, q_rows(args)));
+    if (args->device != FA_CPU) return FA_OK;
+    FA_CHECK(check_seqlens("seqlens_q", args->seqlens_q, args->batch, args->seqlen_q));
+    FA_CHECK(check_seqlens("seqlens_k", args->seqlens_k, args->batch, args->seqlen_k));
+    FA_CHECK(check_cu_seqlens("cu_seqlens_q", args->cu_seqlens_q, args->batch, args->total_q, args->seqlen_q));
+    return check_cu_seqlens("cu_seqlens_k", args->cu_seqlens_k, args->batch, args->total_k, args->seqlen_k);
+}
+
+static fa_status check_gradients(const fa_backward_args *args) {
+    const fa_forward_args *forward = &args->forward;
+    FA_REQUIRE(!args->d_bias.data || (forward->bias.data && args->d_bias.dtype == forward->bias.dtype), FA_ERROR_VALUE,
+               "d_bias: needs a bias of the same dtype");
+    FA_REQUIRE(!args->d_alibi_slopes.data ||
+                   (forward->alibi_slopes.data && args->d_alibi_slopes.dtype == forward->alibi_slopes.dtype),
+               FA_ERROR_VALUE, "d_alibi_slopes: needs alibi_slopes of the same dtype");
+    FA_REQUIRE(!args->d_sinks.data || (forward->sinks.data && args->d_sinks.dtype == forward->sinks.dtype), FA_ERROR_VALUE,
+               "d_sinks: needs sinks of the same dtype");
+    return FA_OK;
+}
+
+static fa_status check_gradient_data(const fa_backward_args *args) {
+    FA_CHECK(check_data(&args->forward));
+    FA_CHECK(check_tensor("d_o", &args->d_o, q_rows(&args->forward)));
+    FA_CHECK(check_tensor("d_q", &args->d_q, q_rows(&args->forward)));
+    FA_CHECK(check_tensor("d_k", &args->d_k, k_rows(&args->forward)));
+    return check_tensor("d_v", &args->d_v, k_rows(&args->forward));
+}
+
+static fa_status check_workspace(const fa_forward_args *args, size_t needed_bytes) {
+    FA_REQUIRE(needed_bytes == 0 || args->workspace, FA_ERROR_WORKSPACE, "workspace: is NULL, the call needs %zu bytes",
+               needed_bytes);
+    FA_REQUIRE((uintptr_t)args->workspace % FA_WORKSPACE_ALIGNMENT == 0, FA_ERROR_WORKSPACE,
+               "workspace %p: must be aligned to %d bytes", args->workspace, FA_WORKSPACE_ALIGNMENT);
+    FA_REQUIRE(args->workspace_bytes >= needed_bytes, FA_ERROR_WORKSPACE, "workspace: %zu bytes, the call needs %zu",
+               args->workspace_bytes, needed_bytes);
+    return FA_OK;
+}
+
+// ---- choice ---------------------------------------------------------------------------------------------------------
+
+static const fa_kernel_rows *const kTable[] = {
+#ifdef FA_WITH_CUDA
+    &fa_cuda_kernel_rows,
+#endif
+    &fa_cpu_kernel_rows,
+};
+enum { kTableCount = sizeof kTable / sizeof kTable[0] };
+
+int32_t fa_kernel_count(void) {
+    int32_t count = 0;
+    for (int t = 0; t < kTableCount; ++t) count += kTable[t]->count;
+    return count;
+}
+
+static const fa_kernel *kernel_at(int32_t index) {
+    for (int t = 0; t < kTableCount && index >= 0; index -= kTable[t++]->count)
+        if (index < kTable[t]->count) return &kTable[t]->rows[index];
+    return NULL;
+}
+
+fa_status fa_kernel_describe(int32_t index, fa_kernel_info *info) {
+    const fa_kernel *kernel = kernel_at(index);
+    FA_REQUIRE(kernel, FA_ERROR_VALUE, "kernel %d: this build has %d", (int)index, (int)fa_kernel_count());
+    *info = kernel->info;
+    return FA_OK;
+}
+
+static void add_reason(fa_reasons *reasons, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    const size_t left = sizeof reasons->text - reasons->used;
+    int written = snprintf(reasons->text + reasons->used, left, "%s", reasons->used ? "; " : "");
+    written += vsnprintf(reasons->text + reasons->used + written, left - (size_t)written, format, values);
+    reasons->used = reasons->used + (size_t)written < sizeof reasons->text ? reasons->used + (size_t)written
+                                                                           : sizeof reasons->text - 1;
+    va_end(values);
+}
+
+static int refuses(const fa_kernel *kernel, const fa_forward_args *args, fa_pass pass, fa_reasons *reasons) {
+    *reasons = (fa_reasons){0};
+    if (kernel->info.device != args->device)
+        add_reason(reasons, "runs on %s, the tensors are on %s", kDeviceNames[kernel->info.device],
+                   kDeviceNames[args->device]);
+    if (pass == FA_FORWARD ? !kernel->forward : !kernel->backward)
+        add_reason(reasons, "has no %s", pass == FA_FORWARD ? "forward" : "backward");
+    if (kernel->refuse) kernel->refuse(args, pass, reasons);
+    return reasons->used > 0;
+}
+
+// The kernel that serves the request: the named one, or for auto the first row that does not refuse.
+static fa_status choose(const fa_forward_args *args, fa_pass pass, const fa_kernel **chosen) {
+    fa_reasons reasons;
+    const fa_kernel *kernel, *named = NULL;
+    for (int32_t i = 0; (kernel = kernel_at(i)) != NULL; ++i) {
+        if (args->impl != FA_AUTO && kernel->info.impl != args->impl) continue;
+        if (!refuses(kernel, args, pass, &reasons)) {
+            *chosen = kernel;
+            return FA_OK;
+        }
+        if (!named || kernel->info.device == args->device) named = kernel;
+    }
+    FA_REQUIRE(args->impl == FA_AUTO, FA_ERROR_UNSUPPORTED, "impl '%s' cannot serve this request: %s",
+               fa_impl_name(args->impl),
+               !named ? "this build has no such kernel" : (refuses(named, args, pass, &reasons), reasons.text));
+    return fa_fail(FA_ERROR_UNSUPPORTED, "no kernel of this build serves tensors on %s", kDeviceNames[args->device]);
+}
+
+fa_status fa_kernel_verdict(int32_t index, const fa_forward_args *args, fa_pass pass, char *text, size_t size) {
+    fa_kernel_info info;
+    fa_reasons reasons;
+    const fa_kernel *chosen = NULL;
+    FA_CHECK(fa_kernel_describe(index, &info));
+    FA_CHECK(check_request(args));
+    const fa_kernel *kernel = kernel_at(index);
+    if (refuses(kernel, args, pass, &reasons)) {
+        snprintf(text, size, "%s", reasons.text);
+    } else if (choose(args, pass, &chosen) == FA_OK && chosen == kernel) {
+        snprintf(text, size, "chosen");
+    } else {
+        snprintf(text, size, args->impl == FA_AUTO ? "slower" : "not the impl asked for");
+    }
+    return FA_OK;
+}
+
+// ---- entries --------------------------------------------------------------------------------------------------------
+
+fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes) {
+    const fa_kernel *kernel = NULL;
+    FA_CHECK(check_request(args));
+    FA_CHECK(choose(args, FA_FORWARD, &kernel));
+    *bytes = kernel->forward_bytes(args);
+    return FA_OK;
+}
+
+fa_status fa_forward(const fa_forward_args *args) {
+    const fa_kernel *kernel = NULL;
+    FA_CHECK(check_request(args));
+    FA_CHECK(check_data(args));
+    FA_CHECK(choose(args, FA_FORWARD, &kernel));
+    FA_CHECK(check_workspace(args, kernel->forward_bytes(args)));
+    return kernel->forward(args);
+}
+
+fa_status fa_backward_workspace_bytes(const fa_backward_args *args, size_t *bytes) {
+    const fa_kernel *kernel = NULL;
+    FA_REQUIRE(args, FA_ERROR_VALUE, "args: is NULL");
+    FA_CHECK(check_request(&args->forward));
+    FA_CHECK(check_gradients(args));
+    FA_CHECK(choose(&args->forward, FA_BACKWARD, &kernel));
+    *bytes = kernel->backward_bytes(args);
+    return FA_OK;
+}
+
+fa_status fa_backward(const fa_backward_args *args) {
+    const fa_kernel *kernel = NULL;
+    FA_REQUIRE(args, FA_ERROR_VALUE, "args: is NULL");
+    FA_CHECK(check_request(&args->forward));
+    FA_CHECK(check_gradients(args));
+    FA_CHECK(check_gradient_data(args));
+    FA_CHECK(choose(&args->forward, FA_BACKWARD, &kernel));
+    FA_CHECK(check_workspace(&args->forward, kernel->backward_bytes(args)));
+    return kernel->backward(args);
+}

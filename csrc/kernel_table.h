@@ -1,0 +1,32 @@
+// A row of the kernel table: what a kernel is called, what it refuses, how it runs.
+#ifndef FA_KERNEL_TABLE_H
+#define FA_KERNEL_TABLE_H
+
+#include "flash_attention.h"
+
+// Reasons for refusing a request, joined by "; ".
+typedef struct fa_reasons {
+    char text[512];
+    size_t used;
+} fa_reasons;
+
+typedef struct fa_kernel {
+    fa_kernel_info info;
+    void (*refuse)(const fa_forward_args *args, fa_pass pass, fa_reasons *reasons); // NULL: serves every request
+    size_t (*forward_bytes)(const fa_forward_args *args);
+    fa_status (*forward)(const fa_forward_args *args);
+    size_t (*backward_bytes)(const fa_backward_args *args);
+    fa_status (*backward)(const fa_backward_args *args);
+} fa_kernel;
+
+// Rows of one device, fastest first; a build without that device has none.
+typedef struct fa_kernel_rows {
+    const fa_kernel *rows;
+    int32_t count;
+} fa_kernel_rows;
+extern const fa_kernel_rows fa_cpu_kernel_rows;
+#ifdef FA_WITH_CUDA
+extern const fa_kernel_rows fa_cuda_kernel_rows;
+#endif
+
+#endif

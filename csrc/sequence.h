@@ -1,0 +1,49 @@
+// Where a sequence lies and which keys a row sees: every mask but the bias is an interval [lo, hi) of keys, and both ends
+// grow with the row.
+#ifndef FA_SEQUENCE_H
+#define FA_SEQUENCE_H
+
+#include "flash_attention.h"
+
+typedef struct fa_sequence {
+    int64_t batch_index;  // along the batch axis of q, k, v, o: 0 where sequences are packed
+    int64_t row_q, row_k; // first row in that batch entry
+    int64_t len_q, len_k;
+} fa_sequence;
+
+// Host only: lengths are read here, clamped to the tensors.
+static inline fa_sequence fa_sequence_at(const fa_forward_args *args, int64_t b) {
+    fa_sequence seq = {b, 0, 0, args->seqlen_q, args->seqlen_k};
+    if (args->cu_seqlens_q) {
+        seq.batch_index = 0;
+        seq.row_q = args->cu_seqlens_q[b];
+        seq.row_k = args->cu_seqlens_k[b];
+        seq.len_q = args->cu_seqlens_q[b + 1] - seq.row_q;
+        seq.len_k = args->cu_seqlens_k[b + 1] - seq.row_k;
+    }
+    if (args->seqlens_q) seq.len_q = args->seqlens_q[b];
+    if (args->seqlens_k) seq.len_k = args->seqlens_k[b];
+    return seq;
+}
+
+typedef struct fa_interval {
+    int64_t lo, hi; // empty iff lo >= hi; 0 <= lo, hi <= len_k
+} fa_interval;
+
+static inline fa_interval fa_visible_keys(const fa_forward_args *args, const fa_sequence *seq, int64_t row) {
+    const int64_t center = row + seq->len_k - seq->len_q;
+    fa_interval keys = {0, seq->len_k};
+    if (args->causal && center + 1 < keys.hi) keys.hi = center + 1;
+    if (args->window_right >= 0 && args->window_right < keys.hi - center - 1) keys.hi = center + args->window_right + 1;
+    if (args->window_left >= 0 && args->window_left < center) keys.lo = center - args->window_left;
+    if (keys.hi < 0) keys.hi = 0;
+    if (keys.lo > seq->len_k) keys.lo = seq->len_k;
+    return keys;
+}
+
+// First element of row `row` of head `head`, batch entry `batch_index`, in elements from data.
+static inline int64_t fa_row_offset(const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row) {
+    return batch_index * t->stride_b + head * t->stride_h + row * t->stride_l;
+}
+
+#endif
