@@ -145,8 +145,7 @@ static fa_status check_request(const fa_forward_args *args) {
     FA_CHECK(check_sizes(args));
     FA_CHECK(check_options(args));
     FA_CHECK(check_extras(args));
-    FA_REQUIRE(args->device != FA_CPU || fa_cpu_isa(), FA_ERROR_VALUE, "%s", fa_error_text());
-    return FA_OK;
+    return args->device == FA_CPU && !fa_cpu_isa() ? FA_ERROR_VALUE : FA_OK; // its sentence names the variable
 }
 
 // What is behind the pointers; lengths are read where the host can.
@@ -225,12 +224,11 @@ fa_status fa_kernel_describe(int32_t index, fa_kernel_info *info) {
 static void add_reason(fa_reasons *reasons, const char *format, ...) {
     va_list values;
     va_start(values, format);
-    const size_t left = sizeof reasons->text - reasons->used;
-    int written = snprintf(reasons->text + reasons->used, left, "%s", reasons->used ? "; " : "");
-    written += vsnprintf(reasons->text + reasons->used + written, left - (size_t)written, format, values);
-    reasons->used = reasons->used + (size_t)written < sizeof reasons->text ? reasons->used + (size_t)written
-                                                                           : sizeof reasons->text - 1;
+    if (reasons->used) reasons->used += (size_t)snprintf(reasons->text + reasons->used, 3, "; ");
+    const int written = vsnprintf(reasons->text + reasons->used, sizeof reasons->text - reasons->used, format, values);
     va_end(values);
+    reasons->used += (size_t)written;
+    if (reasons->used > sizeof reasons->text - 3) reasons->used = sizeof reasons->text - 3; // room for one more "; "
 }
 
 static int refuses(const fa_kernel *kernel, const fa_forward_args *args, fa_pass pass, fa_reasons *reasons) {

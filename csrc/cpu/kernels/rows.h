@@ -11,9 +11,11 @@
 #if FA_REAL_IS_DOUBLE
 #define REAL_DTYPE FA_FLOAT64
 #define real_log log
+#define real_exp exp
 #else
 #define REAL_DTYPE FA_FLOAT32
 #define real_log logf
+#define real_exp expf
 #endif
 
 static const real kLog2E = (real)1.4426950408889634;
@@ -98,6 +100,20 @@ static void dropout_tile(real *keep, int64_t ld, const fa_forward_args *args, in
                 }
             }
         }
+    }
+}
+
+// Values of one head over the batch: kept apart where the gradient has a batch axis, else summed in order.
+static void store_per_head(const fa_forward_args *forward, const fa_per_head *gradient, const double *parts, int64_t count) {
+    for (int64_t h = 0; gradient->data && h < forward->heads_q; ++h) {
+        double sum = 0;
+        for (int64_t b = 0; b < forward->batch; ++b) {
+            if (gradient->stride_b) sum = 0;
+            for (int64_t part = 0; part < count; ++part) sum += parts[(b * forward->heads_q + h) * count + part];
+            if (gradient->stride_b)
+                fa_store(gradient->data, gradient->dtype, b * gradient->stride_b + h * gradient->stride_h, sum);
+        }
+        if (!gradient->stride_b) fa_store(gradient->data, gradient->dtype, h * gradient->stride_h, sum);
     }
 }
 

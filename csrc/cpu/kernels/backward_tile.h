@@ -1,0 +1,119 @@
+// One tile of the backward: P and dS of kGradM query rows against kGradN keys, recomputed from q, k and lse.
+//
+//   P = e^(s - lse);  dP = dropout(d_o v^T);  dS = P (dP - delta);  through softcap: dS (1 - tanh^2)
+#ifndef FA_BACKWARD_TILE_H
+#define FA_BACKWARD_TILE_H
+
+#include "cpu/kernels/backward_plan.h"
+
+// Rows [m0, m0 + rows) of head h against keys [n0, n0 + kGradN).
+typedef struct grad_tile {
+    const backward_plan *plan;
+    const score_rule *rule;
+    int64_t b, h, h_kv, m0, rows, n0;
+    int64_t strip_lo[kGradStrips], strip_hi[kGradStrips]; // visible columns of each strip, relative to n0
+} grad_tile;
+
+static int64_t panel_floor(int64_t column) { return column / kMicroCols * kMicroCols; }
+
+// s -> dropout(P), dP -> dS, in place, over columns [lo, hi) of one row. Returns sum_j dS |i + offset - j| for ALiBi.
+static double grad_row(const grad_tile *tile, const backward_scratch *scratch, int64_t r, int64_t lo, int64_t hi, real lse,
+                       real delta, int through_softcap) {
+    const score_rule *rule = tile->rule;
+    const fa_forward_args *forward = rule->args;
+    const int64_t row = tile->m0 + r, col0 = tile->n0 + lo, n = hi - lo;
+    real *p = scratch->p + r * kScoreStride + lo, *ds = scratch->ds + r * kScoreStride + lo;
+    if (rule->modified) modify_scores(rule, p, row, col0, n, scratch->capped, scratch->row);
+    mask_scores(p, col0, n, fa_visible_keys(forward, &rule->seq, row));
+    const vreal v_lse = v_set1(lse), v_delta = v_set1(delta), log2e = v_set1(kLog2E);
+    const real *keep = forward->dropout_p > 0 ? scratch->keep + r * kScoreStride + lo : NULL;
+    for (int64_t c = 0; c < n; c += kLanes) {
+        const vreal prob = v_exp2(v_mul(v_sub(v_load(p + c), v_lse), log2e));
+        const vreal d_prob = keep ? v_mul(v_load(ds + c), v_load(keep + c)) : v_load(ds + c);
+        v_store(p + c, keep ? v_mul(prob, v_load(keep + c)) : prob);
+        v_store(ds + c, v_mul(prob, v_sub(d_prob, v_delta)));
+    }
+    double slope_sum = 0;
+    if (forward->alibi_slopes.data) {
+        const int64_t center = row + rule->seq.len_k - rule->seq.len_q - col0;
+        for (int64_t c = 0; c < n; ++c) slope_sum += (double)ds[c] * (double)(center > c ? center - c : c - center);
+    }
+    if (rule->softcap > 0 && through_softcap)
+        for (int64_t c = 0; c < n; ++c) ds[c] *= 1 - scratch->capped[c] * scratch->capped[c];
+    return slope_sum;
+}
+
+// Fills scratch->p and scratch->ds over the panels that each strip sees, and tile->strip_lo, strip_hi.
+// through_softcap 0: dS with respect to the capped score, which is what the bias sees.
+static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch, int through_softcap) {
+    const backward_plan *plan = tile->plan;
+    const fa_forward_args *forward = tile->rule->args;
+    const fa_sequence *seq = &tile->rule->seq;
+    const int64_t q_row = packed_first_row(forward, kSideQ, tile->b) + tile->m0;
+    const int64_t k_row = packed_first_row(forward, kSideK, tile->b) + tile->n0;
+    double slope_sum = 0;
+    if (forward->dropout_p > 0)
+        dropout_tile(scratch->keep, kScoreStride, forward, tile->b * forward->heads_q + tile->h, tile->m0, tile->rows, tile->n0,
+                     kGradN, (real)(1 / (1 - forward->dropout_p)));
+    for (int64_t r0 = 0, strip = 0; r0 < tile->rows; r0 += kMicroRows, ++strip) {
+        const int64_t n = fa_min(kMicroRows, tile->rows - r0);
+        const int64_t lo = fa_max(fa_visible_keys(forward, seq, tile->m0 + r0).lo - tile->n0, 0);
+        const int64_t hi = fa_min(fa_visible_keys(forward, seq, tile->m0 + r0 + n - 1).hi - tile->n0, kGradN);
+        tile->strip_lo[strip] = lo;
+        tile->strip_hi[strip] = fa_max(lo, hi);
+        if (lo >= hi) continue;
+        const int64_t first = panel_floor(lo), last = fa_round_up(hi, kMicroCols);
+        for (int64_t c = first; c < last; c += kMicroCols) {
+            micro_kernel(n, forward->head_dim, packed_at(&plan->q, tile->h, q_row + r0), plan->d_stride, 1,
+                         packed_at(&plan->k_panels, tile->h_kv, k_row + c), kMicroCols, scratch->p + r0 * kScoreStride + c,
+                         kScoreStride, 0);
+            micro_kernel(n, forward->head_dim_v, packed_at(&plan->d_o, tile->h, q_row + r0), plan->dv_stride, 1,
+                         packed_at(&plan->v_panels, tile->h_kv, k_row + c), kMicroCols, scratch->ds + r0 * kScoreStride + c,
+                         kScoreStride, 0);
+        }
+        const real *lse = packed_at(&plan->lse, tile->h, q_row), *delta = packed_at(&plan->delta, tile->h, q_row);
+        for (int64_t r = r0; r < r0 + n; ++r)
+            slope_sum += grad_row(tile, scratch, r, first, last, lse[r], delta[r], through_softcap);
+    }
+    return slope_sum;
+}
+
+// d_q += dS k, strip by strip over the columns it sees.
+static void grad_tile_d_q(const grad_tile *tile, const backward_scratch *scratch, real *d_q) {
+    const backward_plan *plan = tile->plan;
+    const real *k = packed_at(&plan->k, tile->h_kv, packed_first_row(tile->rule->args, kSideK, tile->b) + tile->n0);
+    for (int64_t r0 = 0, strip = 0; r0 < tile->rows; r0 += kMicroRows, ++strip) {
+        const int64_t lo = tile->strip_lo[strip], depth = tile->strip_hi[strip] - lo;
+        if (depth == 0) continue;
+        for (int64_t d = 0; d < plan->d_stride; d += kMicroCols)
+            micro_kernel(fa_min(kMicroRows, tile->rows - r0), depth, scratch->ds + r0 * kScoreStride + lo, kScoreStride, 1,
+                         k + lo * plan->d_stride + d, plan->d_stride, d_q + r0 * plan->d_stride + d, plan->d_stride, 1);
+    }
+}
+
+// d_v += P^T d_o and d_k += dS^T q, panel by panel of keys over the rows whose strips computed that panel. The interval's
+// ends grow with the row, so those strips are neighbours.
+static void grad_tile_d_kv(const grad_tile *tile, const backward_scratch *scratch) {
+    const backward_plan *plan = tile->plan;
+    const int64_t q_row = packed_first_row(tile->rule->args, kSideQ, tile->b) + tile->m0;
+    const int64_t strips = fa_ceil_div(tile->rows, kMicroRows);
+    for (int64_t panel = 0; panel < kGradN; panel += kMicroCols) {
+        int64_t first = 0, last = strips;
+        while (first < strips && !(panel_floor(tile->strip_lo[first]) <= panel && panel < tile->strip_hi[first])) ++first;
+        while (last > first && !(panel_floor(tile->strip_lo[last - 1]) <= panel && panel < tile->strip_hi[last - 1])) --last;
+        const int64_t row = first * kMicroRows, depth = fa_min(last * kMicroRows, tile->rows) - row;
+        if (first >= last) continue;
+        const real *d_o = packed_at(&plan->d_o, tile->h, q_row + row), *q = packed_at(&plan->q, tile->h, q_row + row);
+        for (int64_t key = panel; key < panel + kMicroCols; key += kMicroRows) {
+            const int64_t keys = fa_min(kMicroRows, panel + kMicroCols - key);
+            for (int64_t d = 0; d < plan->dv_stride; d += kMicroCols)
+                micro_kernel(keys, depth, scratch->p + row * kScoreStride + key, 1, kScoreStride, d_o + d, plan->dv_stride,
+                             scratch->d_v + key * plan->dv_stride + d, plan->dv_stride, 1);
+            for (int64_t d = 0; d < plan->d_stride; d += kMicroCols)
+                micro_kernel(keys, depth, scratch->ds + row * kScoreStride + key, 1, kScoreStride, q + d, plan->d_stride,
+                             scratch->d_k + key * plan->d_stride + d, plan->d_stride, 1);
+        }
+    }
+}
+
+#endif
