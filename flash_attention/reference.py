@@ -185,7 +185,7 @@ def _attention(
     len_k = seqlen_k if seqlens_k is None else seqlens_k.view(-1, 1, 1, 1)
     center = row + (len_k - len_q)  # the key on the diagonal of each row: [Lq, 1] or [B, 1, Lq, 1]
 
-    # Padding may hold anything, NaN too: it never enters a sum.
+    # Padding may hold anything, NaN too: it never enters a sum, here or in the backward.
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if seqlens_q is not None:
         q = q.masked_fill(row >= len_q, 0)
@@ -246,4 +246,5 @@ def _attention(
         numbers = range(first_batch * heads_q, (first_batch + batch) * heads_q)
         keep = _keep_mask(seed, 0, numbers, seqlen_q, seqlen_k, dropout_p).unflatten(0, (batch, heads_q))
         probabilities = probabilities * keep.to(q.device) / (1 - dropout_p)
-    return probabilities @ v, lse
+    o = probabilities @ v
+    return (o if seqlens_q is None else o.masked_fill(row >= len_q, 0)), lse
