@@ -7,17 +7,13 @@
 #include "error.h"
 #include "kernel_table.h"
 
-// An instance serves a dtype either in its own arithmetic (float64) or widened to float32.
+#define DECLARE_FUSED(NAME)                                                                                            \
+    extern const fa_cpu_forward fa_##NAME##_fused_forward;                                                             \
+    extern const fa_cpu_backward fa_##NAME##_fused_backward;
 #define DECLARE_INSTANCE(NAME)                                                                                         \
-    extern const fa_cpu_forward fa_##NAME##_naive_forward, fa_##NAME##_fused_forward;                                  \
-    extern const fa_cpu_backward fa_##NAME##_naive_backward, fa_##NAME##_fused_backward;
-#define BY_DTYPE(ISA, KERNEL)                                                                                          \
-    { &fa_##ISA##_f32_##KERNEL, &fa_##ISA##_f64_##KERNEL, &fa_##ISA##_f32_##KERNEL, &fa_##ISA##_f32_##KERNEL }
-#define ISA_ROW(ISA)                                                                                                   \
-    {                                                                                                                  \
-        #ISA, BY_DTYPE(ISA, naive_forward), BY_DTYPE(ISA, fused_forward), BY_DTYPE(ISA, naive_backward),               \
-            BY_DTYPE(ISA, fused_backward)                                                                              \
-    }
+    extern const fa_cpu_forward fa_##NAME##_naive_forward;                                                             \
+    extern const fa_cpu_backward fa_##NAME##_naive_backward;                                                           \
+    DECLARE_FUSED(NAME)
 
 DECLARE_INSTANCE(scalar_f32)
 DECLARE_INSTANCE(scalar_f64)
@@ -26,14 +22,26 @@ DECLARE_INSTANCE(avx2_f32)
 DECLARE_INSTANCE(avx2_f64)
 DECLARE_INSTANCE(avx512_f32)
 DECLARE_INSTANCE(avx512_f64)
+DECLARE_FUSED(avx512bf16_bf16)
 #endif
+
+// Indexed by dtype. float64 has its own arithmetic; 16-bit inputs are widened to float32, but where BF16 names another
+// instance.
+#define BY_DTYPE(ISA, BF16, KERNEL)                                                                                    \
+    { &fa_##ISA##_f32_##KERNEL, &fa_##ISA##_f64_##KERNEL, &fa_##ISA##_f32_##KERNEL, &fa_##BF16##_##KERNEL }
+#define ISA_ROW(NAME, ISA, BF16)                                                                                       \
+    {                                                                                                                  \
+        NAME, BY_DTYPE(ISA, ISA##_f32, naive_forward), BY_DTYPE(ISA, BF16, fused_forward),                             \
+            BY_DTYPE(ISA, ISA##_f32, naive_backward), BY_DTYPE(ISA, BF16, fused_backward)                              \
+    }
 
 // Slowest first: an instruction set implies those before it.
 static const fa_cpu_isa_kernels kIsas[] = {
-    ISA_ROW(scalar),
+    ISA_ROW("scalar", scalar, scalar_f32),
 #if FA_X86
-    ISA_ROW(avx2),
-    ISA_ROW(avx512),
+    ISA_ROW("avx2", avx2, avx2_f32),
+    ISA_ROW("avx512", avx512, avx512_f32),
+    ISA_ROW("avx512_bf16", avx512, avx512bf16_bf16),
 #endif
 };
 enum { kIsaCount = sizeof kIsas / sizeof kIsas[0] };
@@ -46,6 +54,7 @@ static int best_isa(void) {
     if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         best = 2;
+    if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
     return best;
 }

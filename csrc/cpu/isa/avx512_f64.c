@@ -4,4 +4,5 @@
 
 #include "cpu/kernels/kernels.h"
 
-FA_CPU_INSTANCE(avx512_f64)
+FA_CPU_FUSED_INSTANCE(avx512_f64)
+FA_CPU_NAIVE_INSTANCE(avx512_f64)

@@ -4,4 +4,5 @@
 
 #include "cpu/kernels/kernels.h"
 
-FA_CPU_INSTANCE(scalar_f64)
+FA_CPU_FUSED_INSTANCE(scalar_f64)
+FA_CPU_NAIVE_INSTANCE(scalar_f64)

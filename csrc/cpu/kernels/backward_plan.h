@@ -2,7 +2,6 @@
 #ifndef FA_BACKWARD_PLAN_H
 #define FA_BACKWARD_PLAN_H
 
-#include "cpu/kernels/micro.h"
 #include "cpu/kernels/packing.h"
 #include "cpu/kernels/scores.h"
 
@@ -17,10 +16,12 @@ enum {
 
 typedef struct backward_scratch { // of one worker
     real *p, *ds;                 // [kGradM][kScoreStride] dropout(P), dS
+    operand *p_down, *ds_down;    // [kGradM / kDepth][kScoreStride]; p and ds themselves where an operand is a real
+    operand *ds_along;            // [kGradM][kScoreStride / kDepth]; the same
     real *keep;                   // [kGradM][kScoreStride]
     real *d_k, *d_v;              // [kGradN][d_stride], [kGradN][dv_stride]
     real *capped, *row;           // [kGradN]
-    real *pack;                   // [kMicroCols][max(d_stride, dv_stride)]
+    real *pack;                   // [kMicroCols][max(d_stride, dv_stride)], of reals or operands
     real *d_bias;                 // [kGradM][kGradN]
 } backward_scratch;
 
@@ -29,8 +30,9 @@ typedef struct backward_plan {
     int64_t d_stride, dv_stride;  // head_dim, head_dim_v in whole panels
     int64_t q_chunks, k_chunks;   // packing tasks per head
     int64_t key_lanes;            // lane c of a (b, h_kv) takes key blocks c, c + key_lanes, …; a function of shape alone
-    packed q, d_o, k;             // rows; q scaled by softmax_scale
-    packed k_panels, v_panels;    // transposed
+    packed q, d_o;                // along head_dim; q scaled by pack_scale(softmax_scale)
+    packed q_down, d_o_down, k;   // down the rows; q_down is q, and d_o_down d_o, where an operand is a real
+    packed k_panels, v_panels;
     packed lse, delta;            // one value a row: lse (+inf where no key is visible), rowsum(d_o * o) - d_lse
     packed d_q;                   // [key_lanes * Hq] heads of rows: d_q / softmax_scale of each key lane
     double *d_slopes;             // [B][Hq][key_lanes]
@@ -45,6 +47,9 @@ static backward_scratch backward_scratch_at(const backward_plan *plan, int32_t w
     backward_scratch scratch;
     scratch.p = fa_take(&arena, tile_bytes);
     scratch.ds = fa_take(&arena, tile_bytes);
+    scratch.p_down = kDepth == 1 ? (operand *)scratch.p : fa_take(&arena, tile_bytes / kDepth);
+    scratch.ds_down = kDepth == 1 ? (operand *)scratch.ds : fa_take(&arena, tile_bytes / kDepth);
+    scratch.ds_along = kDepth == 1 ? (operand *)scratch.ds : fa_take(&arena, tile_bytes / kDepth);
     scratch.keep = fa_take(&arena, plan->args->forward.dropout_p > 0 ? tile_bytes : 0);
     scratch.d_k = fa_take(&arena, (size_t)(kGradN * plan->d_stride) * sizeof(real));
     scratch.d_v = fa_take(&arena, (size_t)(kGradN * plan->dv_stride) * sizeof(real));
@@ -68,13 +73,15 @@ static backward_plan backward_plan_of(const fa_backward_args *args) {
     const int64_t wanted = fa_ceil_div(kGradTasks, fa_max(1, forward->batch * hkv));
     plan.key_lanes = fa_min(fa_min(wanted, kMaxKeyLanes), key_blocks);
     fa_arena arena = {forward->workspace, 0};
-    plan.q = packed_take(&arena, forward, kSideQ, hq, plan.d_stride);
-    plan.d_o = packed_take(&arena, forward, kSideQ, hq, plan.dv_stride);
+    plan.q = packed_take(&arena, forward, kSideQ, hq, plan.d_stride / kDepth);
+    plan.d_o = packed_take(&arena, forward, kSideQ, hq, plan.dv_stride / kDepth);
+    plan.q_down = kDepth == 1 ? plan.q : packed_take(&arena, forward, kSideQ, hq, plan.d_stride / kDepth);
+    plan.d_o_down = kDepth == 1 ? plan.d_o : packed_take(&arena, forward, kSideQ, hq, plan.dv_stride / kDepth);
     plan.lse = packed_take(&arena, forward, kSideQ, hq, 1);
     plan.delta = packed_take(&arena, forward, kSideQ, hq, 1);
-    plan.k = packed_take(&arena, forward, kSideK, hkv, plan.d_stride);
-    plan.k_panels = packed_take(&arena, forward, kSideK, hkv, forward->head_dim);
-    plan.v_panels = packed_take(&arena, forward, kSideK, hkv, forward->head_dim_v);
+    plan.k = packed_take(&arena, forward, kSideK, hkv, plan.d_stride / kDepth);
+    plan.k_panels = packed_take(&arena, forward, kSideK, hkv, depth_units(forward->head_dim));
+    plan.v_panels = packed_take(&arena, forward, kSideK, hkv, depth_units(forward->head_dim_v));
     plan.d_q = packed_take(&arena, forward, kSideQ, plan.key_lanes * hq, plan.d_stride);
     plan.d_slopes = fa_take(&arena, (size_t)(forward->batch * hq * plan.key_lanes) * sizeof(double));
     plan.d_sinks = fa_take(&arena, (size_t)(forward->batch * hq * plan.q_chunks) * sizeof(double));

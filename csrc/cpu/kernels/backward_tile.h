@@ -23,6 +23,7 @@ static double grad_row(const grad_tile *tile, const backward_scratch *scratch, i
     const fa_forward_args *forward = rule->args;
     const int64_t row = tile->m0 + r, col0 = tile->n0 + lo, n = hi - lo;
     real *p = scratch->p + r * kScoreStride + lo, *ds = scratch->ds + r * kScoreStride + lo;
+    scale_products(p, n, (real)forward->softmax_scale);
     if (rule->modified) modify_scores(rule, p, row, col0, n, scratch->capped, scratch->row);
     mask_scores(p, col0, n, fa_visible_keys(forward, &rule->seq, row));
     const vreal v_lse = v_set1(lse), v_delta = v_set1(delta), log2e = v_set1(kLog2E);
@@ -41,6 +42,28 @@ static double grad_row(const grad_tile *tile, const backward_scratch *scratch, i
     if (rule->softcap > 0 && through_softcap)
         for (int64_t c = 0; c < n; ++c) ds[c] *= 1 - scratch->capped[c] * scratch->capped[c];
     return slope_sum;
+}
+
+// P and dS of a strip as operands: down the rows for d_v and d_k, along the keys for d_q. An odd last row pairs with zeros.
+static void pack_strip(const backward_scratch *scratch, int64_t r0, int64_t n, int64_t lo, int64_t hi) {
+#if FA_BF16_OPERANDS
+    for (int64_t r = r0; r < r0 + n; r += 2) {
+        const int64_t at = r * kScoreStride, next = r + 1 < r0 + n;
+        for (int64_t c = lo; c < hi; c += kLanes) {
+            v_store_down(scratch->p_down + at / 2 + c, v_load(scratch->p + at + c),
+                         next ? v_load(scratch->p + at + kScoreStride + c) : v_set1(0));
+            v_store_down(scratch->ds_down + at / 2 + c, v_load(scratch->ds + at + c),
+                         next ? v_load(scratch->ds + at + kScoreStride + c) : v_set1(0));
+        }
+    }
+    for (int64_t r = r0; r < r0 + n; ++r)
+        for (int64_t c = lo; c < hi; c += 2 * kLanes) {
+            const real *ds = scratch->ds + r * kScoreStride + c;
+            v_store_along(scratch->ds_along + (r * kScoreStride + c) / 2, v_load(ds), v_load(ds + kLanes));
+        }
+#else
+    (void)scratch, (void)r0, (void)n, (void)lo, (void)hi; // they are operands already
+#endif
 }
 
 // Fills scratch->p and scratch->ds over the panels that each strip sees, and tile->strip_lo, strip_hi.
@@ -64,16 +87,17 @@ static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch,
         if (lo >= hi) continue;
         const int64_t first = panel_floor(lo), last = fa_round_up(hi, kMicroCols);
         for (int64_t c = first; c < last; c += kMicroCols) {
-            micro_kernel(n, forward->head_dim, packed_at(&plan->q, tile->h, q_row + r0), plan->d_stride, 1,
-                         packed_at(&plan->k_panels, tile->h_kv, k_row + c), kMicroCols, scratch->p + r0 * kScoreStride + c,
-                         kScoreStride, 0);
-            micro_kernel(n, forward->head_dim_v, packed_at(&plan->d_o, tile->h, q_row + r0), plan->dv_stride, 1,
-                         packed_at(&plan->v_panels, tile->h_kv, k_row + c), kMicroCols, scratch->ds + r0 * kScoreStride + c,
-                         kScoreStride, 0);
+            micro_kernel(n, depth_units(forward->head_dim), operands_at(&plan->q, tile->h, q_row + r0), plan->q.row_stride, 1,
+                         operands_at(&plan->k_panels, tile->h_kv, k_row + c), kMicroCols,
+                         scratch->p + r0 * kScoreStride + c, kScoreStride, 0);
+            micro_kernel(n, depth_units(forward->head_dim_v), operands_at(&plan->d_o, tile->h, q_row + r0),
+                         plan->d_o.row_stride, 1, operands_at(&plan->v_panels, tile->h_kv, k_row + c), kMicroCols,
+                         scratch->ds + r0 * kScoreStride + c, kScoreStride, 0);
         }
         const real *lse = packed_at(&plan->lse, tile->h, q_row), *delta = packed_at(&plan->delta, tile->h, q_row);
         for (int64_t r = r0; r < r0 + n; ++r)
             slope_sum += grad_row(tile, scratch, r, first, last, lse[r], delta[r], through_softcap);
+        pack_strip(scratch, r0, n, first, last);
     }
     return slope_sum;
 }
@@ -81,13 +105,15 @@ static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch,
 // d_q += dS k, strip by strip over the columns it sees.
 static void grad_tile_d_q(const grad_tile *tile, const backward_scratch *scratch, real *d_q) {
     const backward_plan *plan = tile->plan;
-    const real *k = packed_at(&plan->k, tile->h_kv, packed_first_row(tile->rule->args, kSideK, tile->b) + tile->n0);
+    const int64_t k_row = packed_first_row(tile->rule->args, kSideK, tile->b) + tile->n0;
     for (int64_t r0 = 0, strip = 0; r0 < tile->rows; r0 += kMicroRows, ++strip) {
-        const int64_t lo = tile->strip_lo[strip], depth = tile->strip_hi[strip] - lo;
-        if (depth == 0) continue;
+        const int64_t lo = tile->strip_lo[strip] / kDepth * kDepth, hi = tile->strip_hi[strip];
+        if (lo >= hi) continue;
         for (int64_t d = 0; d < plan->d_stride; d += kMicroCols)
-            micro_kernel(fa_min(kMicroRows, tile->rows - r0), depth, scratch->ds + r0 * kScoreStride + lo, kScoreStride, 1,
-                         k + lo * plan->d_stride + d, plan->d_stride, d_q + r0 * plan->d_stride + d, plan->d_stride, 1);
+            micro_kernel(fa_min(kMicroRows, tile->rows - r0), depth_units(hi - lo),
+                         scratch->ds_along + (r0 * kScoreStride + lo) / kDepth, kScoreStride / kDepth, 1,
+                         operands_at(&plan->k, tile->h_kv, k_row + lo) + d, plan->d_stride, d_q + r0 * plan->d_stride + d,
+                         plan->d_stride, 1);
     }
 }
 
@@ -101,16 +127,17 @@ static void grad_tile_d_kv(const grad_tile *tile, const backward_scratch *scratc
         int64_t first = 0, last = strips;
         while (first < strips && !(panel_floor(tile->strip_lo[first]) <= panel && panel < tile->strip_hi[first])) ++first;
         while (last > first && !(panel_floor(tile->strip_lo[last - 1]) <= panel && panel < tile->strip_hi[last - 1])) --last;
-        const int64_t row = first * kMicroRows, depth = fa_min(last * kMicroRows, tile->rows) - row;
         if (first >= last) continue;
-        const real *d_o = packed_at(&plan->d_o, tile->h, q_row + row), *q = packed_at(&plan->q, tile->h, q_row + row);
+        const int64_t row = first * kMicroRows, units = depth_units(fa_min(last * kMicroRows, tile->rows) - row);
+        const operand *d_o = operands_at(&plan->d_o_down, tile->h, q_row + row);
+        const operand *q = operands_at(&plan->q_down, tile->h, q_row + row);
         for (int64_t key = panel; key < panel + kMicroCols; key += kMicroRows) {
-            const int64_t keys = fa_min(kMicroRows, panel + kMicroCols - key);
+            const int64_t keys = fa_min(kMicroRows, panel + kMicroCols - key), at = row / kDepth * kScoreStride + key;
             for (int64_t d = 0; d < plan->dv_stride; d += kMicroCols)
-                micro_kernel(keys, depth, scratch->p + row * kScoreStride + key, 1, kScoreStride, d_o + d, plan->dv_stride,
+                micro_kernel(keys, units, scratch->p_down + at, 1, kScoreStride, d_o + d, plan->dv_stride,
                              scratch->d_v + key * plan->dv_stride + d, plan->dv_stride, 1);
             for (int64_t d = 0; d < plan->d_stride; d += kMicroCols)
-                micro_kernel(keys, depth, scratch->ds + row * kScoreStride + key, 1, kScoreStride, q + d, plan->d_stride,
+                micro_kernel(keys, units, scratch->ds_down + at, 1, kScoreStride, q + d, plan->d_stride,
                              scratch->d_k + key * plan->d_stride + d, plan->d_stride, 1);
         }
     }

@@ -20,19 +20,21 @@ static void backward_pack_k_task(void *arg, int64_t task, int32_t worker) {
     const int64_t b = task / plan->k_chunks / forward->heads_kv;
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t n = fa_min(kPackRows, seq.len_k - row0);
-    real *scratch = backward_scratch_at(plan, worker, NULL).pack;
-    pack_panels(&plan->k_panels, forward, &forward->k, kSideK, &seq, b, head, row0, n, forward->head_dim, scratch);
-    pack_panels(&plan->v_panels, forward, &forward->v, kSideK, &seq, b, head, row0, n, forward->head_dim_v, scratch);
-    pack_rows(&plan->k, forward, &forward->k, kSideK, &seq, b, head, row0, n, forward->head_dim, 1);
+    operand *scratch = (operand *)backward_scratch_at(plan, worker, NULL).pack;
+    const pack_source k = {forward, &forward->k, kSideK, b, head, row0, n, forward->head_dim, seq};
+    const pack_source v = {forward, &forward->v, kSideK, b, head, row0, n, forward->head_dim_v, seq};
+    pack_panels(&plan->k_panels, &k, scratch);
+    pack_panels(&plan->v_panels, &v, scratch);
+    pack_down(&plan->k, &k, 1);
 }
 
-// rowsum(d_o * o) of one row, which is packed already.
-static real row_delta(const backward_plan *plan, const fa_sequence *seq, int64_t h, int64_t row, const real *d_o, real *o) {
-    const fa_forward_args *forward = &plan->args->forward;
-    const int64_t offset = fa_row_offset(&forward->o, seq->batch_index, h, seq->row_q + row);
-    load_row(o, element_at(forward->o.data, forward->dtype, offset), forward->head_dim_v, plan->dv_stride, forward->dtype, 1);
+// rowsum(d_o * o) of one row. scratch: two rows of dv_stride.
+static real row_delta(const pack_source *d_o, const pack_source *o, int64_t row, int64_t dv_stride, real *scratch) {
+    const fa_dtype dtype = d_o->args->dtype;
+    load_row(scratch, source_row(d_o, row), d_o->width, dv_stride, dtype, 1);
+    load_row(scratch + dv_stride, source_row(o, row), o->width, dv_stride, dtype, 1);
     vreal sum = v_set1(0);
-    for (int64_t d = 0; d < plan->dv_stride; d += kLanes) sum = v_fma(v_load(d_o + d), v_load(o + d), sum);
+    for (int64_t d = 0; d < dv_stride; d += kLanes) sum = v_fma(v_load(scratch + d), v_load(scratch + dv_stride + d), sum);
     return v_hsum(sum);
 }
 
@@ -45,8 +47,15 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t n = fa_min(kPackRows, seq.len_q - row0), first = packed_first_row(forward, kSideQ, b);
     real *scratch = backward_scratch_at(plan, worker, NULL).pack;
-    pack_rows(&plan->q, forward, &forward->q, kSideQ, &seq, b, h, row0, n, forward->head_dim, (real)forward->softmax_scale);
-    pack_rows(&plan->d_o, forward, &args->d_o, kSideQ, &seq, b, h, row0, n, forward->head_dim_v, 1);
+    const pack_source q = {forward, &forward->q, kSideQ, b, h, row0, n, forward->head_dim, seq};
+    const pack_source d_o = {forward, &args->d_o, kSideQ, b, h, row0, n, forward->head_dim_v, seq};
+    const pack_source o = {forward, &forward->o, kSideQ, b, h, row0, n, forward->head_dim_v, seq};
+    pack_along(&plan->q, &q, pack_scale((real)forward->softmax_scale));
+    pack_along(&plan->d_o, &d_o, 1);
+    if (kDepth > 1) {
+        pack_down(&plan->q_down, &q, 1);
+        pack_down(&plan->d_o_down, &d_o, 1);
+    }
     const double sink =
         forward->sinks.data ? fa_load(forward->sinks.data, forward->sinks.dtype, h * forward->sinks.stride_h) : -INFINITY;
     double d_sink = 0;
@@ -54,7 +63,7 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
         const int64_t lse_at = fa_row_offset(&forward->lse, seq.batch_index, h, seq.row_q + row);
         const int64_t d_lse_at = fa_row_offset(&args->d_lse, seq.batch_index, h, seq.row_q + row);
         const real lse = ((const real *)forward->lse.data)[lse_at];
-        real delta = row_delta(plan, &seq, h, row, packed_at(&plan->d_o, h, first + row), scratch);
+        real delta = row_delta(&d_o, &o, row, plan->dv_stride, scratch);
         if (args->d_lse.data) delta -= ((const real *)args->d_lse.data)[d_lse_at];
         *packed_at(&plan->lse, h, first + row) = lse == -INFINITY ? INFINITY : lse; // no visible key: P = e^-inf = 0
         *packed_at(&plan->delta, h, first + row) = delta;
@@ -73,7 +82,7 @@ static void store_keys(const backward_plan *plan, const backward_scratch *scratc
         const int64_t k_at = fa_row_offset(&args->d_k, seq->batch_index, h_kv, seq->row_k + n0 + key);
         const int64_t v_at = fa_row_offset(&args->d_v, seq->batch_index, h_kv, seq->row_k + n0 + key);
         store_row((char *)args->d_k.data + k_at * fa_dtype_bytes(dtype), scratch->d_k + key * plan->d_stride,
-                  args->forward.head_dim, dtype, 1);
+                  args->forward.head_dim, dtype, product_scale((real)args->forward.softmax_scale));
         store_row((char *)args->d_v.data + v_at * fa_dtype_bytes(dtype), scratch->d_v + key * plan->dv_stride,
                   args->forward.head_dim_v, dtype, 1);
     }

@@ -11,7 +11,6 @@
 #ifndef FA_FUSED_FORWARD_H
 #define FA_FUSED_FORWARD_H
 
-#include "cpu/kernels/micro.h"
 #include "cpu/kernels/packing.h"
 #include "cpu/kernels/scores.h"
 
@@ -21,19 +20,20 @@ enum {
 };
 
 typedef struct forward_scratch { // of one worker
-    real *q;                     // [kBlockM][d_stride], scaled
+    operand *q;                  // [kBlockM][q_units]
     real *acc_o;                 // [kBlockM][dv_stride]
     real *s;                     // [kMicroRows][kBlockN]
+    operand *p;                  // [kMicroRows][kBlockN / kDepth]; s itself where an operand is a real
     real *keep;                  // [kBlockM][kBlockN]
     real *row;                   // [kBlockN]
-    real *pack;                  // [kMicroCols][d_stride]
+    operand *pack;               // [kMicroCols][q_units]
     real *row_max, *row_sum;     // [kBlockM], natural units
 } forward_scratch;
 
 typedef struct forward_plan {
     const fa_forward_args *args;
     int64_t q_tiles, k_chunks;   // per head
-    int64_t d_stride, dv_stride; // head_dim in whole vectors, head_dim_v in whole panels
+    int64_t q_units, dv_stride;  // operands of a row of q, in whole vectors; head_dim_v in whole panels
     int v_in_place;
     packed k_panels, v_rows;
     char *scratch;
@@ -44,12 +44,13 @@ typedef struct forward_plan {
 static forward_scratch forward_scratch_at(const forward_plan *plan, char *base, size_t *bytes) {
     fa_arena arena = {base, 0};
     forward_scratch scratch;
-    scratch.q = fa_take(&arena, (size_t)(kBlockM * plan->d_stride) * sizeof(real));
+    scratch.q = fa_take(&arena, (size_t)(kBlockM * plan->q_units) * sizeof(operand));
     scratch.acc_o = fa_take(&arena, (size_t)(kBlockM * plan->dv_stride) * sizeof(real));
     scratch.s = fa_take(&arena, kMicroRows * kBlockN * sizeof(real));
+    scratch.p = kDepth == 1 ? (operand *)scratch.s : fa_take(&arena, kMicroRows * kBlockN / kDepth * sizeof(operand));
     scratch.keep = fa_take(&arena, (plan->args->dropout_p > 0 ? kBlockM * kBlockN : 0) * sizeof(real));
     scratch.row = fa_take(&arena, kBlockN * sizeof(real));
-    scratch.pack = fa_take(&arena, (size_t)(kMicroCols * plan->d_stride) * sizeof(real));
+    scratch.pack = fa_take(&arena, (size_t)(kMicroCols * plan->q_units) * sizeof(operand));
     scratch.row_max = fa_take(&arena, kBlockM * sizeof(real));
     scratch.row_sum = fa_take(&arena, kBlockM * sizeof(real));
     if (bytes) *bytes = arena.used_bytes;
@@ -60,12 +61,12 @@ static forward_plan forward_plan_of(const fa_forward_args *args) {
     forward_plan plan = {.args = args};
     plan.q_tiles = fa_ceil_div(args->seqlen_q, kBlockM);
     plan.k_chunks = fa_ceil_div(args->seqlen_k, kPackRows);
-    plan.d_stride = fa_round_up(args->head_dim, kLanes);
+    plan.q_units = fa_round_up(depth_units(args->head_dim), kLanes);
     plan.dv_stride = fa_round_up(args->head_dim_v, kMicroCols);
-    plan.v_in_place = args->dtype == REAL_DTYPE && args->head_dim_v % kMicroCols == 0;
+    plan.v_in_place = kDepth == 1 && args->dtype == REAL_DTYPE && args->head_dim_v % kMicroCols == 0;
     fa_arena arena = {args->workspace, 0};
-    plan.k_panels = packed_take(&arena, args, kSideK, args->heads_kv, args->head_dim);
-    if (!plan.v_in_place) plan.v_rows = packed_take(&arena, args, kSideK, args->heads_kv, plan.dv_stride);
+    plan.k_panels = packed_take(&arena, args, kSideK, args->heads_kv, depth_units(args->head_dim));
+    if (!plan.v_in_place) plan.v_rows = packed_take(&arena, args, kSideK, args->heads_kv, plan.dv_stride / kDepth);
     forward_scratch_at(&plan, NULL, &plan.scratch_bytes);
     plan.scratch = fa_take(&arena, plan.scratch_bytes * (size_t)fa_worker_count(&args->workers));
     plan.workspace_bytes = arena.used_bytes;
@@ -81,12 +82,16 @@ static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
     const int64_t row0 = chunk * kPackRows, n = fa_min(kPackRows, seq.len_k - row0);
     if (n <= 0) return;
     const forward_scratch scratch = forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
-    pack_panels(&plan->k_panels, args, &args->k, kSideK, &seq, b, head, row0, n, args->head_dim, scratch.pack);
-    if (!plan->v_in_place) pack_rows(&plan->v_rows, args, &args->v, kSideK, &seq, b, head, row0, n, args->head_dim_v, 1);
+    const pack_source k = {args, &args->k, kSideK, b, head, row0, n, args->head_dim, seq};
+    const pack_source v = {args, &args->v, kSideK, b, head, row0, n, args->head_dim_v, seq};
+    pack_panels(&plan->k_panels, &k, scratch.pack);
+    if (!plan->v_in_place) pack_down(&plan->v_rows, &v, 1);
 }
 
-// p = e^(s - m') over n columns of one row, with the running maximum and sum; o is rescaled where the maximum grew.
-static inline void softmax_row(real *s, int64_t n, real *row_max, real *row_sum, real *acc_o, int64_t o_cols) {
+// p = dropout(e^(s - m')) over n columns of one row, with the running maximum and sum; o is rescaled where the maximum grew.
+// keep: NULL without dropout.
+static inline void softmax_row(const real *s, operand *p, const real *keep, int64_t n, real *row_max, real *row_sum,
+                               real *acc_o, int64_t o_cols) {
     vreal max0 = v_set1(-INFINITY), max1 = max0;
     for (int64_t c = 0; c < n; c += kMicroCols) {
         for (int k = 0; k < kMicroVectors; k += 2) {
@@ -107,42 +112,47 @@ static inline void softmax_row(real *s, int64_t n, real *row_max, real *row_sum,
     vreal sum0 = v_set1(0), sum1 = sum0;
     for (int64_t c = 0; c < n; c += kMicroCols) {
         for (int k = 0; k < kMicroVectors; k += 2) {
-            const vreal p0 = v_exp2(v_fma(v_load(s + c + k * kLanes), scale, shift));
-            const vreal p1 = v_exp2(v_fma(v_load(s + c + (k + 1) * kLanes), scale, shift));
+            const int64_t at = c + k * kLanes;
+            vreal p0 = v_exp2(v_fma(v_load(s + at), scale, shift));
+            vreal p1 = v_exp2(v_fma(v_load(s + at + kLanes), scale, shift));
             sum0 = v_add(sum0, p0);
             sum1 = v_add(sum1, p1);
-            v_store(s + c + k * kLanes, p0);
-            v_store(s + c + (k + 1) * kLanes, p1);
+            if (keep) {
+                p0 = v_mul(p0, v_load(keep + at));
+                p1 = v_mul(p1, v_load(keep + at + kLanes));
+            }
+            v_store_along(p + at / kDepth, p0, p1);
         }
     }
     *row_sum += v_hsum(v_add(sum0, sum1));
 }
 
-// Rows [r0, r0 + n) of the tile at row m0 against the keys of block n0.
-static void forward_strip(const forward_plan *plan, const forward_scratch *scratch, const score_rule *rule, const real *k_panels,
-                          const real *v, int64_t v_stride, int64_t m0, int64_t r0, int64_t n, int64_t n0) {
+// Rows [r0, r0 + n) of the tile at row m0 against the keys of block n0. v_stride: from one operand row of v to the next.
+static void forward_strip(const forward_plan *plan, const forward_scratch *scratch, const score_rule *rule,
+                          const operand *k_panels, const operand *v, int64_t v_stride, int64_t m0, int64_t r0, int64_t n,
+                          int64_t n0) {
     const fa_forward_args *args = plan->args;
-    const int64_t col_lo = fa_max(fa_visible_keys(args, &rule->seq, m0 + r0).lo, n0);
+    const int64_t col_lo = fa_max(fa_visible_keys(args, &rule->seq, m0 + r0).lo, n0) / kDepth * kDepth;
     const int64_t col_hi = fa_min(fa_visible_keys(args, &rule->seq, m0 + r0 + n - 1).hi, n0 + kBlockN);
     if (col_lo >= col_hi) return;
     const int64_t first = n0 + (col_lo - n0) / kMicroCols * kMicroCols; // the columns computed: whole panels
-    const int64_t cols = fa_round_up(col_hi - first, kMicroCols);
+    const int64_t cols = fa_round_up(col_hi - first, kMicroCols), units = depth_units(args->head_dim);
     for (int64_t c = 0; c < cols; c += kMicroCols)
-        micro_kernel(n, args->head_dim, scratch->q + r0 * plan->d_stride, plan->d_stride, 1,
-                     k_panels + (first + c) * args->head_dim, kMicroCols, scratch->s + c, kBlockN, 0);
+        micro_kernel(n, units, scratch->q + r0 * plan->q_units, plan->q_units, 1, k_panels + (first + c) * units, kMicroCols,
+                     scratch->s + c, kBlockN, 0);
     for (int64_t r = r0; r < r0 + n; ++r) {
-        real *s = scratch->s + (r - r0) * kBlockN, *acc_o = scratch->acc_o + r * plan->dv_stride;
+        real *s = scratch->s + (r - r0) * kBlockN;
+        scale_products(s, cols, (real)args->softmax_scale);
         if (rule->modified) modify_scores(rule, s, m0 + r, first, cols, NULL, scratch->row);
         mask_scores(s, first, cols, fa_visible_keys(args, &rule->seq, m0 + r));
-        softmax_row(s, cols, &scratch->row_max[r], &scratch->row_sum[r], acc_o, plan->dv_stride);
-        if (args->dropout_p > 0) {
-            const real *keep = scratch->keep + r * kBlockN + (first - n0);
-            for (int64_t c = 0; c < cols; c += kLanes) v_store(s + c, v_mul(v_load(s + c), v_load(keep + c)));
-        }
+        softmax_row(s, scratch->p + (r - r0) * kBlockN / kDepth,
+                    args->dropout_p > 0 ? scratch->keep + r * kBlockN + (first - n0) : NULL, cols, &scratch->row_max[r],
+                    &scratch->row_sum[r], scratch->acc_o + r * plan->dv_stride, plan->dv_stride);
     }
     for (int64_t d = 0; d < plan->dv_stride; d += kMicroCols)
-        micro_kernel(n, col_hi - col_lo, scratch->s + (col_lo - first), kBlockN, 1, v + col_lo * v_stride + d, v_stride,
-                     scratch->acc_o + r0 * plan->dv_stride + d, plan->dv_stride, 1);
+        micro_kernel(n, depth_units(col_hi - col_lo), scratch->p + (col_lo - first) / kDepth, kBlockN / kDepth, 1,
+                     v + col_lo / kDepth * v_stride + d, v_stride, scratch->acc_o + r0 * plan->dv_stride + d, plan->dv_stride,
+                     1);
 }
 
 // o and lse of one row from its unnormalised sum; the sink is one more term of l.
@@ -178,17 +188,18 @@ static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
 
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t offset = fa_row_offset(&args->q, seq->batch_index, h, seq->row_q + m0 + r);
-        load_row(scratch.q + r * plan->d_stride, element_at(args->q.data, args->dtype, offset), args->head_dim,
-                 plan->d_stride, args->dtype, (real)args->softmax_scale);
+        load_along(scratch.q + r * plan->q_units, element_at(args->q.data, args->dtype, offset), args->head_dim,
+                   plan->q_units, args->dtype, pack_scale((real)args->softmax_scale));
         scratch.row_max[r] = -INFINITY;
         scratch.row_sum[r] = 0;
     }
     memset(scratch.acc_o, 0, (size_t)(rows * plan->dv_stride) * sizeof(real));
 
     const int64_t first_row = packed_first_row(args, kSideK, b);
-    const real *k_panels = packed_at(&plan->k_panels, h_kv, first_row);
+    const operand *k_panels = operands_at(&plan->k_panels, h_kv, first_row);
     const int64_t v_offset = fa_row_offset(&args->v, seq->batch_index, h_kv, seq->row_k);
-    const real *v = plan->v_in_place ? (const real *)args->v.data + v_offset : packed_at(&plan->v_rows, h_kv, first_row);
+    const operand *v =
+        plan->v_in_place ? (const operand *)args->v.data + v_offset : operands_at(&plan->v_rows, h_kv, first_row);
     const int64_t v_stride = plan->v_in_place ? args->v.stride_l : plan->dv_stride;
 
     const int64_t col_lo = rows ? fa_visible_keys(args, seq, m0).lo : 0;

@@ -94,10 +94,12 @@ static void naive_pack_k_task(void *arg, int64_t task, int32_t worker) { // task
     const fa_sequence seq = fa_sequence_at(args, b);
     (void)worker;
     naive_transpose(plan, plan->k_t + task * args->head_dim * plan->ld, &args->k, &seq, h_kv, args->head_dim);
-    pack_rows(&plan->v, args, &args->v, kSideK, &seq, b, h_kv, 0, seq.len_k, args->head_dim_v, 1);
+    const pack_source v = {args, &args->v, kSideK, b, h_kv, 0, seq.len_k, args->head_dim_v, seq};
+    pack_along(&plan->v, &v, 1);
     if (!plan->backward) return;
     naive_transpose(plan, plan->v_t + task * args->head_dim_v * plan->ld, &args->v, &seq, h_kv, args->head_dim_v);
-    pack_rows(&plan->k, args, &args->k, kSideK, &seq, b, h_kv, 0, seq.len_k, args->head_dim, 1);
+    const pack_source k = {args, &args->k, kSideK, b, h_kv, 0, seq.len_k, args->head_dim, seq};
+    pack_along(&plan->k, &k, 1);
 }
 
 static void naive_pack_q_task(void *arg, int64_t task, int32_t worker) { // task: (b, h)
@@ -106,9 +108,11 @@ static void naive_pack_q_task(void *arg, int64_t task, int32_t worker) { // task
     const int64_t b = task / args->heads_q, h = task % args->heads_q;
     const fa_sequence seq = fa_sequence_at(args, b);
     (void)worker;
-    pack_rows(&plan->q, args, &args->q, kSideQ, &seq, b, h, 0, seq.len_q, args->head_dim, (real)args->softmax_scale);
-    if (plan->backward)
-        pack_rows(&plan->d_o, args, &plan->backward->d_o, kSideQ, &seq, b, h, 0, seq.len_q, args->head_dim_v, 1);
+    const pack_source q = {args, &args->q, kSideQ, b, h, 0, seq.len_q, args->head_dim, seq};
+    pack_along(&plan->q, &q, (real)args->softmax_scale);
+    if (!plan->backward) return;
+    const pack_source d_o = {args, &plan->backward->d_o, kSideQ, b, h, 0, seq.len_q, args->head_dim_v, seq};
+    pack_along(&plan->d_o, &d_o, 1);
 }
 
 // ---- a block of rows of one head ------------------------------------------------------------------------------------

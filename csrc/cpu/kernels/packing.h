@@ -1,12 +1,24 @@
-// Operands laid out for the micro-kernel, once per call and shared by all tiles: a whole tensor as `real`, either as rows
-// or as transposed panels of kMicroCols rows. Each sequence starts at a multiple of kMicroCols, so that no panel holds
-// rows of two sequences.
+// Operands laid out for the micro-kernel, once per call and shared by all tiles. An operand holds kDepth steps of a
+// contraction (operand_*.h), so a tensor is packed for the axis it is contracted along:
+//
+//   along    rows of operands along head_dim                  the left factor of q k^T
+//   panels   kMicroCols such rows, transposed                 the right factor of q k^T
+//   down     rows of head_dim, kDepth rows to an operand      the right factor of p v
+//
+// Each sequence starts at a multiple of kMicroCols, so that no panel and no operand holds rows of two sequences.
 #ifndef FA_PACKING_H
 #define FA_PACKING_H
 
+#include "cpu/kernels/micro.h"
 #include "cpu/kernels/rows.h"
 
 enum { kPackRows = 256 }; // rows a packing task takes: a multiple of every kMicroCols
+
+_Static_assert(sizeof(operand) == sizeof(real), "a packed tensor holds either");
+
+// Reals are scaled as they are packed; bfloat16 would lose bits, so there the products are scaled.
+static inline real pack_scale(real scale) { return kDepth == 1 ? scale : 1; }
+static inline real product_scale(real scale) { return kDepth == 1 ? 1 : scale; }
 
 typedef enum pack_side { kSideQ, kSideK } pack_side;
 
@@ -23,44 +35,92 @@ static int64_t packed_first_row(const fa_forward_args *args, pack_side side, int
 }
 
 typedef struct packed {
-    real *data;
+    void *data;
     int64_t head_stride; // elements
-    int64_t row_stride;  // elements; row r of a head, or the panel that begins with row r, is at r * row_stride
+    int64_t row_stride;  // elements; row r of a head is at r * row_stride, and so is the panel or operand it begins
 } packed;
 
 static packed packed_take(fa_arena *arena, const fa_forward_args *args, pack_side side, int64_t heads,
                           int64_t row_stride) {
     const int64_t head_stride = packed_rows(args, side) * row_stride;
-    real *data = fa_take(arena, (size_t)(heads * head_stride) * sizeof(real));
+    void *data = fa_take(arena, (size_t)(heads * head_stride) * sizeof(real));
     return (packed){data, head_stride, row_stride};
 }
 
 static inline real *packed_at(const packed *p, int64_t head, int64_t row) {
-    return p->data + head * p->head_stride + row * p->row_stride;
+    return (real *)p->data + head * p->head_stride + row * p->row_stride;
+}
+static inline operand *operands_at(const packed *p, int64_t head, int64_t row) {
+    return (operand *)p->data + head * p->head_stride + row * p->row_stride;
 }
 
-// Packs rows [row0, row0 + n) of a head of sequence b as panels, row0 a multiple of kMicroCols.
-// scratch: kMicroCols x round_up(width, kLanes) elements.
-static void pack_panels(const packed *dst, const fa_forward_args *args, const fa_tensor *src, pack_side side,
-                        const fa_sequence *seq, int64_t b, int64_t head, int64_t row0, int64_t n, int64_t width,
-                        real *scratch) {
-    const int64_t first = packed_first_row(args, side, b), seq_row = side == kSideQ ? seq->row_q : seq->row_k;
-    for (int64_t r = row0; r < row0 + n; r += kMicroCols) {
-        const int64_t offset = fa_row_offset(src, seq->batch_index, head, seq_row + r);
-        pack_transposed(packed_at(dst, head, first + r), scratch, src, args->dtype,
-                        element_at(src->data, args->dtype, offset), fa_min(kMicroCols, row0 + n - r), width);
+// One row of `width` elements as operands along it, zero-filled up to `units` operands.
+static void load_along(operand *dst, const void *src, int64_t width, int64_t units, fa_dtype dtype, real scale) {
+#if FA_BF16_OPERANDS
+    (void)dtype, (void)scale; // bfloat16 alone comes here, unscaled
+    memcpy(dst, src, (size_t)width * sizeof(uint16_t));
+    memset((uint16_t *)dst + width, 0, (size_t)(2 * units - width) * sizeof(uint16_t));
+#else
+    load_row(dst, src, width, units, dtype, scale);
+#endif
+}
+
+// Rows [row0, row0 + n) of a head of sequence b.
+typedef struct pack_source {
+    const fa_forward_args *args;
+    const fa_tensor *tensor;
+    pack_side side;
+    int64_t b, head, row0, n, width;
+    fa_sequence seq;
+} pack_source;
+
+static const char *source_row(const pack_source *src, int64_t row) {
+    const int64_t seq_row = src->side == kSideQ ? src->seq.row_q : src->seq.row_k;
+    const int64_t offset = fa_row_offset(src->tensor, src->seq.batch_index, src->head, seq_row + row);
+    return element_at(src->tensor->data, src->args->dtype, offset);
+}
+
+static void pack_along(const packed *dst, const pack_source *src, real scale) {
+    const int64_t first = packed_first_row(src->args, src->side, src->b);
+    for (int64_t r = src->row0; r < src->row0 + src->n; ++r)
+        load_along(operands_at(dst, src->head, first + r), source_row(src, r), src->width, dst->row_stride, src->args->dtype,
+                   scale);
+}
+
+// row0 is a multiple of kMicroCols; the last panel's missing rows are zero.
+// scratch: kMicroCols x round_up(depth_units(width), kLanes) operands.
+static void pack_panels(const packed *dst, const pack_source *src, operand *scratch) {
+    const int64_t first = packed_first_row(src->args, src->side, src->b), end = src->row0 + src->n;
+    const int64_t units = depth_units(src->width), stride = fa_round_up(units, kLanes);
+    for (int64_t row = src->row0; row < end; row += kMicroCols) {
+        operand *panel = operands_at(dst, src->head, first + row);
+        for (int64_t r = 0; r < kMicroCols; ++r) {
+            if (row + r < end)
+                load_along(scratch + r * stride, source_row(src, row + r), src->width, stride, src->args->dtype, 1);
+            else
+                memset(scratch + r * stride, 0, (size_t)stride * sizeof(operand));
+        }
+        for (int64_t u = 0; u < units; ++u)
+            for (int64_t r = 0; r < kMicroCols; ++r) panel[u * kMicroCols + r] = scratch[r * stride + u];
     }
 }
 
-// Packs the same rows as rows of dst->row_stride elements, scaled and zero-filled past width.
-static void pack_rows(const packed *dst, const fa_forward_args *args, const fa_tensor *src, pack_side side,
-                      const fa_sequence *seq, int64_t b, int64_t head, int64_t row0, int64_t n, int64_t width, real scale) {
-    const int64_t first = packed_first_row(args, side, b), seq_row = side == kSideQ ? seq->row_q : seq->row_k;
-    for (int64_t r = row0; r < row0 + n; ++r) {
-        const int64_t offset = fa_row_offset(src, seq->batch_index, head, seq_row + r);
-        load_row(packed_at(dst, head, first + r), element_at(src->data, args->dtype, offset), width, dst->row_stride,
-                 args->dtype, scale);
+// row0 is even; columns past width, and the second half of an odd last row's operands, are zero.
+static void pack_down(const packed *dst, const pack_source *src, real scale) {
+#if FA_BF16_OPERANDS
+    const int64_t first = packed_first_row(src->args, src->side, src->b), end = src->row0 + src->n;
+    (void)scale;
+    for (int64_t row = src->row0; row < end; row += 2) {
+        operand *out = operands_at(dst, src->head, first + row);
+        const uint16_t *row0 = (const uint16_t *)source_row(src, row);
+        const uint16_t *row1 = row + 1 < end ? (const uint16_t *)source_row(src, row + 1) : NULL;
+        for (int64_t c = 0; c < src->width; ++c) out[c] = row0[c];
+        for (int64_t c = 0; row1 && c < src->width; ++c) out[c] |= (uint32_t)row1[c] << 16;
+        memset(out + src->width, 0, (size_t)(2 * dst->row_stride - src->width) * sizeof(operand));
     }
+#else
+    pack_along(dst, src, scale);
+#endif
 }
 
 #endif

@@ -67,18 +67,6 @@ static void load_strided(real *dst, const void *src, int64_t n, int64_t stride, 
     }
 }
 
-// Rows of one tensor as `real`, transposed into a panel of kMicroCols of them: panel[d][row]. Rows past n are zero.
-// rows: scratch of kMicroCols x round_up(width, kLanes).
-static void pack_transposed(real *panel, real *rows, const fa_tensor *t, fa_dtype dtype, const void *first, int64_t n,
-                            int64_t width) {
-    const int64_t stride = fa_round_up(width, kLanes);
-    for (int64_t r = 0; r < n; ++r)
-        load_row(rows + r * stride, element_at(first, dtype, r * t->stride_l), width, stride, dtype, 1);
-    memset(rows + n * stride, 0, (size_t)((kMicroCols - n) * stride) * sizeof(real));
-    for (int64_t d = 0; d < width; ++d)
-        for (int64_t r = 0; r < kMicroCols; ++r) panel[d * kMicroCols + r] = rows[r * stride + d];
-}
-
 // keep[rows][ld] = kept_value where dropout keeps (row0 + i, col0 + j), 0 where it drops it.
 // row0 and col0 are multiples of 16; cols is rounded up to 16, so ld must be.
 static void dropout_tile(real *keep, int64_t ld, const fa_forward_args *args, int64_t head, int64_t row0, int64_t rows,

@@ -2,7 +2,7 @@
 #ifndef FA_SCORES_H
 #define FA_SCORES_H
 
-#include "cpu/kernels/rows.h"
+#include "cpu/kernels/packing.h"
 
 // What modifies the scores of one head of one sequence.
 typedef struct score_rule {
@@ -23,6 +23,12 @@ static score_rule score_rule_of(const fa_forward_args *args, int64_t b, int64_t 
     if (slopes->data) rule.slope = (real)fa_load(slopes->data, slopes->dtype, b * slopes->stride_b + h * slopes->stride_h);
     rule.modified = rule.bias || rule.softcap > 0 || rule.slope != 0;
     return rule;
+}
+
+// s = softmax_scale * q.k, where packing did not scale q.
+static inline void scale_products(real *s, int64_t n, real softmax_scale) {
+    const vreal scale = v_set1(product_scale(softmax_scale));
+    for (int64_t c = 0; kDepth > 1 && c < n; c += kLanes) v_store(s + c, v_mul(v_load(s + c), scale));
 }
 
 // tanh(x) = 1 - 2 / (1 + e^2x): absolute error below 1e-7, and softcap * 1e-7 is below a float32 score's own rounding.

@@ -103,4 +103,7 @@ static inline void v_store_bf16(uint16_t *p, vreal x) {
 }
 
 #endif
+
+#include "cpu/simd/operand_real.h"
+
 #endif

@@ -78,4 +78,11 @@ static inline void v_store_bf16(uint16_t *p, vreal x) {
 }
 
 #endif
+
+#if FA_BF16_OPERANDS
+#include "cpu/simd/operand_bf16.h"
+#else
+#include "cpu/simd/operand_real.h"
+#endif
+
 #endif
