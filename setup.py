@@ -1,0 +1,59 @@
+# Builds flash_attention._C: csrc/bindings.cpp against the torch that will import it, linked with the C core that
+# `make lib` builds. An extension fits one torch minor version, so the torch already installed is looked for even from
+# within pip's isolated build environment; only where there is none does the build ask for one of its own.
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+TORCH = "torch>=2.9"
+ROOT = Path(__file__).parent
+LIB = Path("build/libflash_attention.a")
+
+try:
+    import torch  # noqa: F401
+except ImportError:
+    sys.path.append(sysconfig.get_path("platlib"))
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    CppExtension, BuildExtension = Extension, build_ext
+
+
+class build_extension(BuildExtension):
+    def run(self):
+        if BuildExtension is build_ext:
+            raise SystemExit(
+                f"flash_attention is compiled against {TORCH}, and {sys.executable} has none: install torch first, then "
+                "repeat this command (pip install --no-build-isolation .)"
+            )
+        for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # the jobs of a make that called us are not ours to use
+            os.environ.pop(name, None)
+        subprocess.check_call(["make", f"-j{os.cpu_count()}", "lib"], cwd=ROOT)
+        for extension in self.extensions:
+            extension.extra_link_args += LIB.with_suffix(".libs").read_text().split()
+        super().run()
+
+
+setup(
+    version=re.search(r'FA_VERSION "(.+)"', (ROOT / "csrc/flash_attention.h").read_text())[1],
+    packages=find_packages(include=["flash_attention*"]),
+    ext_modules=[
+        CppExtension(
+            "flash_attention._C",
+            ["csrc/bindings.cpp"],
+            include_dirs=[str(ROOT.resolve() / "csrc")],
+            # at::parallel_for runs on torch's own OpenMP threads: compiled with -fopenmp, never linked with a second pool
+            extra_compile_args=["-O2", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else []),
+            extra_objects=[str(LIB)],
+            depends=[str(LIB), "csrc/flash_attention.h"],
+        )
+    ],
+    cmdclass={"build_ext": build_extension},
+    setup_requires=[TORCH] if BuildExtension is build_ext else [],
+)
