@@ -23,9 +23,9 @@ static void backward_pack_k_task(void *arg, int64_t task, int32_t worker) {
     operand *scratch = (operand *)backward_scratch_at(plan, worker, NULL).pack;
     const pack_source k = {forward, &forward->k, kSideK, b, head, row0, n, forward->head_dim, seq};
     const pack_source v = {forward, &forward->v, kSideK, b, head, row0, n, forward->head_dim_v, seq};
-    pack_panels(&plan->k_panels, &k, scratch);
-    pack_panels(&plan->v_panels, &v, scratch);
-    pack_down(&plan->k, &k, 1);
+    pack_panels(pack_target(&plan->k_panels, &k), &k, scratch);
+    pack_panels(pack_target(&plan->v_panels, &v), &v, scratch);
+    pack_down(pack_target(&plan->k, &k), plan->k.row_stride, &k, 1);
 }
 
 // rowsum(d_o * o) of one row. scratch: two rows of dv_stride.
@@ -50,11 +50,11 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
     const pack_source q = {forward, &forward->q, kSideQ, b, h, row0, n, forward->head_dim, seq};
     const pack_source d_o = {forward, &args->d_o, kSideQ, b, h, row0, n, forward->head_dim_v, seq};
     const pack_source o = {forward, &forward->o, kSideQ, b, h, row0, n, forward->head_dim_v, seq};
-    pack_along(&plan->q, &q, pack_scale((real)forward->softmax_scale));
-    pack_along(&plan->d_o, &d_o, 1);
+    pack_along(pack_target(&plan->q, &q), plan->q.row_stride, &q, pack_scale((real)forward->softmax_scale));
+    pack_along(pack_target(&plan->d_o, &d_o), plan->d_o.row_stride, &d_o, 1);
     if (kDepth > 1) {
-        pack_down(&plan->q_down, &q, 1);
-        pack_down(&plan->d_o_down, &d_o, 1);
+        pack_down(pack_target(&plan->q_down, &q), plan->q_down.row_stride, &q, 1);
+        pack_down(pack_target(&plan->d_o_down, &d_o), plan->d_o_down.row_stride, &d_o, 1);
     }
     const double sink =
         forward->sinks.data ? fa_load(forward->sinks.data, forward->sinks.dtype, h * forward->sinks.stride_h) : -INFINITY;

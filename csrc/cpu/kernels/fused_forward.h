@@ -1,6 +1,7 @@
 // Forward with an online softmax: no score matrix. Source: Dao, "FlashAttention-2" (2023), algorithm 1.
 //
-//   first, per (b, h_kv): K packed into transposed panels, V into padded rows (float32 V of full panels is used in place)
+//   first, per (b, h_kv): K packed into transposed panels, V into padded rows (float32 V of full panels is used in place);
+//                         where a head has one tile of rows, as in decoding, its task packs block by block instead
 //   then, per task (b, h, tile of kBlockM query rows):
 //     for each block of kBlockN keys that some row sees                      the K panel and V block stay in L2
 //       for each strip of kMicroRows rows                                    its kMicroRows x kBlockN scores stay in L1
@@ -27,6 +28,7 @@ typedef struct forward_scratch { // of one worker
     real *keep;                  // [kBlockM][kBlockN]
     real *row;                   // [kBlockN]
     operand *pack;               // [kMicroCols][q_units]
+    operand *k_block, *v_block;  // kBlockN keys, packed by the task that uses them
     real *row_max, *row_sum;     // [kBlockM], natural units
 } forward_scratch;
 
@@ -35,6 +37,7 @@ typedef struct forward_plan {
     int64_t q_tiles, k_chunks;   // per head
     int64_t q_units, dv_stride;  // operands of a row of q, in whole vectors; head_dim_v in whole panels
     int v_in_place;
+    int shared_packs;            // k_panels and v_rows hold whole tensors; else each task packs a block at a time
     packed k_panels, v_rows;
     char *scratch;
     size_t scratch_bytes; // per worker
@@ -51,6 +54,10 @@ static forward_scratch forward_scratch_at(const forward_plan *plan, char *base, 
     scratch.keep = fa_take(&arena, (plan->args->dropout_p > 0 ? kBlockM * kBlockN : 0) * sizeof(real));
     scratch.row = fa_take(&arena, kBlockN * sizeof(real));
     scratch.pack = fa_take(&arena, (size_t)(kMicroCols * plan->q_units) * sizeof(operand));
+    const size_t block_rows = plan->shared_packs ? 0 : kBlockN;
+    scratch.k_block = fa_take(&arena, block_rows * (size_t)depth_units(plan->args->head_dim) * sizeof(operand));
+    scratch.v_block =
+        fa_take(&arena, plan->v_in_place ? 0 : block_rows * (size_t)(plan->dv_stride / kDepth) * sizeof(operand));
     scratch.row_max = fa_take(&arena, kBlockM * sizeof(real));
     scratch.row_sum = fa_take(&arena, kBlockM * sizeof(real));
     if (bytes) *bytes = arena.used_bytes;
@@ -65,8 +72,11 @@ static forward_plan forward_plan_of(const fa_forward_args *args) {
     plan.dv_stride = fa_round_up(args->head_dim_v, kMicroCols);
     plan.v_in_place = kDepth == 1 && args->dtype == REAL_DTYPE && args->head_dim_v % kMicroCols == 0;
     fa_arena arena = {args->workspace, 0};
-    plan.k_panels = packed_take(&arena, args, kSideK, args->heads_kv, depth_units(args->head_dim));
-    if (!plan.v_in_place) plan.v_rows = packed_take(&arena, args, kSideK, args->heads_kv, plan.dv_stride / kDepth);
+    plan.shared_packs = plan.q_tiles > 1;
+    if (plan.shared_packs) {
+        plan.k_panels = packed_take(&arena, args, kSideK, args->heads_kv, depth_units(args->head_dim));
+        if (!plan.v_in_place) plan.v_rows = packed_take(&arena, args, kSideK, args->heads_kv, plan.dv_stride / kDepth);
+    }
     forward_scratch_at(&plan, NULL, &plan.scratch_bytes);
     plan.scratch = fa_take(&arena, plan.scratch_bytes * (size_t)fa_worker_count(&args->workers));
     plan.workspace_bytes = arena.used_bytes;
@@ -84,8 +94,8 @@ static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
     const forward_scratch scratch = forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
     const pack_source k = {args, &args->k, kSideK, b, head, row0, n, args->head_dim, seq};
     const pack_source v = {args, &args->v, kSideK, b, head, row0, n, args->head_dim_v, seq};
-    pack_panels(&plan->k_panels, &k, scratch.pack);
-    if (!plan->v_in_place) pack_down(&plan->v_rows, &v, 1);
+    pack_panels(pack_target(&plan->k_panels, &k), &k, scratch.pack);
+    if (!plan->v_in_place) pack_down(pack_target(&plan->v_rows, &v), plan->v_rows.row_stride, &v, 1);
 }
 
 // p = dropout(e^(s - m')) over n columns of one row, with the running maximum and sum; o is rescaled where the maximum grew.
@@ -127,32 +137,61 @@ static inline void softmax_row(const real *s, operand *p, const real *keep, int6
     *row_sum += v_hsum(v_add(sum0, sum1));
 }
 
-// Rows [r0, r0 + n) of the tile at row m0 against the keys of block n0. v_stride: from one operand row of v to the next.
-static void forward_strip(const forward_plan *plan, const forward_scratch *scratch, const score_rule *rule,
-                          const operand *k_panels, const operand *v, int64_t v_stride, int64_t m0, int64_t r0, int64_t n,
-                          int64_t n0) {
+// kBlockN keys from n0 on.
+typedef struct key_block {
+    int64_t n0;
+    const operand *k_panels, *v;
+    int64_t v_stride; // from one row of operands to the next
+} key_block;
+
+static key_block key_block_at(const forward_plan *plan, const forward_scratch *scratch, const fa_sequence *seq, int64_t b,
+                              int64_t h_kv, int64_t n0) {
     const fa_forward_args *args = plan->args;
-    const int64_t col_lo = fa_max(fa_visible_keys(args, &rule->seq, m0 + r0).lo, n0) / kDepth * kDepth;
-    const int64_t col_hi = fa_min(fa_visible_keys(args, &rule->seq, m0 + r0 + n - 1).hi, n0 + kBlockN);
-    if (col_lo >= col_hi) return;
-    const int64_t first = n0 + (col_lo - n0) / kMicroCols * kMicroCols; // the columns computed: whole panels
-    const int64_t cols = fa_round_up(col_hi - first, kMicroCols), units = depth_units(args->head_dim);
+    const int64_t row = packed_first_row(args, kSideK, b) + n0;
+    key_block block = {n0, NULL, NULL, plan->dv_stride};
+    if (plan->shared_packs) {
+        block.k_panels = operands_at(&plan->k_panels, h_kv, row);
+        block.v = plan->v_in_place ? NULL : operands_at(&plan->v_rows, h_kv, row);
+    } else {
+        const int64_t n = fa_min(kBlockN, seq->len_k - n0);
+        const pack_source k = {args, &args->k, kSideK, b, h_kv, n0, n, args->head_dim, *seq};
+        const pack_source v = {args, &args->v, kSideK, b, h_kv, n0, n, args->head_dim_v, *seq};
+        pack_panels(scratch->k_block, &k, scratch->pack);
+        if (!plan->v_in_place) pack_down(scratch->v_block, plan->dv_stride / kDepth, &v, 1);
+        block.k_panels = scratch->k_block, block.v = scratch->v_block;
+    }
+    if (plan->v_in_place) {
+        const int64_t offset = fa_row_offset(&args->v, seq->batch_index, h_kv, seq->row_k + n0);
+        block.v = (const operand *)args->v.data + offset, block.v_stride = args->v.stride_l;
+    }
+    return block;
+}
+
+// Rows [r0, r0 + n) of the tile at row m0 against a block of keys.
+static void forward_strip(const forward_plan *plan, const forward_scratch *scratch, const score_rule *rule,
+                          const key_block *block, int64_t m0, int64_t r0, int64_t n) {
+    const fa_forward_args *args = plan->args;
+    const int64_t lo = fa_max(fa_visible_keys(args, &rule->seq, m0 + r0).lo - block->n0, 0) / kDepth * kDepth;
+    const int64_t hi = fa_min(fa_visible_keys(args, &rule->seq, m0 + r0 + n - 1).hi - block->n0, kBlockN);
+    if (lo >= hi) return;
+    const int64_t first = lo / kMicroCols * kMicroCols; // the columns computed: whole panels
+    const int64_t cols = fa_round_up(hi - first, kMicroCols), units = depth_units(args->head_dim);
     for (int64_t c = 0; c < cols; c += kMicroCols)
-        micro_kernel(n, units, scratch->q + r0 * plan->q_units, plan->q_units, 1, k_panels + (first + c) * units, kMicroCols,
-                     scratch->s + c, kBlockN, 0);
+        micro_kernel(n, units, scratch->q + r0 * plan->q_units, plan->q_units, 1, block->k_panels + (first + c) * units,
+                     kMicroCols, scratch->s + c, kBlockN, 0);
     for (int64_t r = r0; r < r0 + n; ++r) {
         real *s = scratch->s + (r - r0) * kBlockN;
         scale_products(s, cols, (real)args->softmax_scale);
-        if (rule->modified) modify_scores(rule, s, m0 + r, first, cols, NULL, scratch->row);
-        mask_scores(s, first, cols, fa_visible_keys(args, &rule->seq, m0 + r));
+        if (rule->modified) modify_scores(rule, s, m0 + r, block->n0 + first, cols, NULL, scratch->row);
+        mask_scores(s, block->n0 + first, cols, fa_visible_keys(args, &rule->seq, m0 + r));
         softmax_row(s, scratch->p + (r - r0) * kBlockN / kDepth,
-                    args->dropout_p > 0 ? scratch->keep + r * kBlockN + (first - n0) : NULL, cols, &scratch->row_max[r],
+                    args->dropout_p > 0 ? scratch->keep + r * kBlockN + first : NULL, cols, &scratch->row_max[r],
                     &scratch->row_sum[r], scratch->acc_o + r * plan->dv_stride, plan->dv_stride);
     }
     for (int64_t d = 0; d < plan->dv_stride; d += kMicroCols)
-        micro_kernel(n, depth_units(col_hi - col_lo), scratch->p + (col_lo - first) / kDepth, kBlockN / kDepth, 1,
-                     v + col_lo / kDepth * v_stride + d, v_stride, scratch->acc_o + r0 * plan->dv_stride + d, plan->dv_stride,
-                     1);
+        micro_kernel(n, depth_units(hi - lo), scratch->p + (lo - first) / kDepth, kBlockN / kDepth, 1,
+                     block->v + lo / kDepth * block->v_stride + d, block->v_stride, scratch->acc_o + r0 * plan->dv_stride + d,
+                     plan->dv_stride, 1);
 }
 
 // o and lse of one row from its unnormalised sum; the sink is one more term of l.
@@ -195,21 +234,15 @@ static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
     }
     memset(scratch.acc_o, 0, (size_t)(rows * plan->dv_stride) * sizeof(real));
 
-    const int64_t first_row = packed_first_row(args, kSideK, b);
-    const operand *k_panels = operands_at(&plan->k_panels, h_kv, first_row);
-    const int64_t v_offset = fa_row_offset(&args->v, seq->batch_index, h_kv, seq->row_k);
-    const operand *v =
-        plan->v_in_place ? (const operand *)args->v.data + v_offset : operands_at(&plan->v_rows, h_kv, first_row);
-    const int64_t v_stride = plan->v_in_place ? args->v.stride_l : plan->dv_stride;
-
     const int64_t col_lo = rows ? fa_visible_keys(args, seq, m0).lo : 0;
     const int64_t col_hi = rows ? fa_visible_keys(args, seq, m0 + rows - 1).hi : 0;
     for (int64_t n0 = col_lo / kBlockN * kBlockN; n0 < col_hi; n0 += kBlockN) {
         if (args->dropout_p > 0)
             dropout_tile(scratch.keep, kBlockN, args, b * args->heads_q + h, m0, rows, n0, kBlockN,
                          (real)(1 / (1 - args->dropout_p)));
+        const key_block block = key_block_at(plan, &scratch, seq, b, h_kv, n0);
         for (int64_t r0 = 0; r0 < rows; r0 += kMicroRows)
-            forward_strip(plan, &scratch, &rule, k_panels, v, v_stride, m0, r0, fa_min(kMicroRows, rows - r0), n0);
+            forward_strip(plan, &scratch, &rule, &block, m0, r0, fa_min(kMicroRows, rows - r0));
     }
     for (int64_t r = 0; r < rows; ++r)
         forward_finish_row(args, seq, h, m0 + r, scratch.acc_o + r * plan->dv_stride, scratch.row_max[r],
@@ -220,7 +253,8 @@ static size_t fused_forward_workspace_bytes(const fa_forward_args *args) { retur
 
 static void fused_forward_run(const fa_forward_args *args) {
     forward_plan plan = forward_plan_of(args);
-    fa_parallel_for(&args->workers, args->batch * args->heads_kv * plan.k_chunks, forward_pack_task, &plan);
+    if (plan.shared_packs)
+        fa_parallel_for(&args->workers, args->batch * args->heads_kv * plan.k_chunks, forward_pack_task, &plan);
     fa_parallel_for(&args->workers, args->batch * args->heads_q * plan.q_tiles, forward_tile_task, &plan);
 }
 

@@ -80,46 +80,46 @@ static const char *source_row(const pack_source *src, int64_t row) {
     return element_at(src->tensor->data, src->args->dtype, offset);
 }
 
-static void pack_along(const packed *dst, const pack_source *src, real scale) {
-    const int64_t first = packed_first_row(src->args, src->side, src->b);
-    for (int64_t r = src->row0; r < src->row0 + src->n; ++r)
-        load_along(operands_at(dst, src->head, first + r), source_row(src, r), src->width, dst->row_stride, src->args->dtype,
-                   scale);
+// Where the rows of src stand in a packed tensor.
+static operand *pack_target(const packed *dst, const pack_source *src) {
+    return operands_at(dst, src->head, packed_first_row(src->args, src->side, src->b) + src->row0);
 }
 
-// row0 is a multiple of kMicroCols; the last panel's missing rows are zero.
+// out: where the first row goes; row r goes row_stride operands further on for each row before it.
+static void pack_along(operand *out, int64_t row_stride, const pack_source *src, real scale) {
+    for (int64_t r = 0; r < src->n; ++r)
+        load_along(out + r * row_stride, source_row(src, src->row0 + r), src->width, row_stride, src->args->dtype, scale);
+}
+
+// Panels of depth_units(width) x kMicroCols operands, one after the other; the last one's missing rows are zero.
 // scratch: kMicroCols x round_up(depth_units(width), kLanes) operands.
-static void pack_panels(const packed *dst, const pack_source *src, operand *scratch) {
-    const int64_t first = packed_first_row(src->args, src->side, src->b), end = src->row0 + src->n;
+static void pack_panels(operand *out, const pack_source *src, operand *scratch) {
     const int64_t units = depth_units(src->width), stride = fa_round_up(units, kLanes);
-    for (int64_t row = src->row0; row < end; row += kMicroCols) {
-        operand *panel = operands_at(dst, src->head, first + row);
-        for (int64_t r = 0; r < kMicroCols; ++r) {
-            if (row + r < end)
-                load_along(scratch + r * stride, source_row(src, row + r), src->width, stride, src->args->dtype, 1);
-            else
-                memset(scratch + r * stride, 0, (size_t)stride * sizeof(operand));
-        }
-        for (int64_t u = 0; u < units; ++u)
-            for (int64_t r = 0; r < kMicroCols; ++r) panel[u * kMicroCols + r] = scratch[r * stride + u];
+    for (int64_t row = 0; row < src->n; row += kMicroCols) {
+        const int64_t n = fa_min(kMicroCols, src->n - row);
+        for (int64_t r = 0; r < n; ++r)
+            load_along(scratch + r * stride, source_row(src, src->row0 + row + r), src->width, stride, src->args->dtype, 1);
+        memset(scratch + n * stride, 0, (size_t)((kMicroCols - n) * stride) * sizeof(operand));
+        for (int64_t r0 = 0; r0 < kMicroCols; r0 += kLanes)
+            for (int64_t u0 = 0; u0 < units; u0 += kLanes)
+                v_transpose(out + (row * units) + u0 * kMicroCols + r0, kMicroCols, scratch + r0 * stride + u0, stride,
+                            fa_min(kLanes, units - u0));
     }
 }
 
 // row0 is even; columns past width, and the second half of an odd last row's operands, are zero.
-static void pack_down(const packed *dst, const pack_source *src, real scale) {
+static void pack_down(operand *out, int64_t row_stride, const pack_source *src, real scale) {
 #if FA_BF16_OPERANDS
-    const int64_t first = packed_first_row(src->args, src->side, src->b), end = src->row0 + src->n;
     (void)scale;
-    for (int64_t row = src->row0; row < end; row += 2) {
-        operand *out = operands_at(dst, src->head, first + row);
-        const uint16_t *row0 = (const uint16_t *)source_row(src, row);
-        const uint16_t *row1 = row + 1 < end ? (const uint16_t *)source_row(src, row + 1) : NULL;
+    for (int64_t r = 0; r < src->n; r += 2, out += 2 * row_stride) {
+        const uint16_t *row0 = (const uint16_t *)source_row(src, src->row0 + r);
+        const uint16_t *row1 = r + 1 < src->n ? (const uint16_t *)source_row(src, src->row0 + r + 1) : NULL;
         for (int64_t c = 0; c < src->width; ++c) out[c] = row0[c];
         for (int64_t c = 0; row1 && c < src->width; ++c) out[c] |= (uint32_t)row1[c] << 16;
-        memset(out + src->width, 0, (size_t)(2 * dst->row_stride - src->width) * sizeof(operand));
+        memset(out + src->width, 0, (size_t)(2 * row_stride - src->width) * sizeof(operand));
     }
 #else
-    pack_along(dst, src, scale);
+    pack_along(out, row_stride, src, scale);
 #endif
 }
 

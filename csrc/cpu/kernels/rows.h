@@ -68,23 +68,30 @@ static void load_strided(real *dst, const void *src, int64_t n, int64_t stride, 
 }
 
 // keep[rows][ld] = kept_value where dropout keeps (row0 + i, col0 + j), 0 where it drops it.
-// row0 and col0 are multiples of 16; cols is rounded up to 16, so ld must be.
+// row0, col0 and cols are multiples of 16. One 16 x 16 tile at a time: 8 row pairs x 4 column quads are 32 Philox calls,
+// side by side in the lanes of the loops below.
 static void dropout_tile(real *keep, int64_t ld, const fa_forward_args *args, int64_t head, int64_t row0, int64_t rows,
                          int64_t col0, int64_t cols, real kept_value) {
     const uint64_t seed = (uint64_t)*args->dropout_seed;
     const uint32_t threshold = fa_dropout_threshold(args->dropout_p);
     for (int64_t i = 0; i < rows; i += 16) {
         for (int64_t j = 0; j < cols; j += 16) {
-            for (int64_t group = 0; group < 32; ++group) { // 8 row pairs x 4 column quads
-                const int64_t g = group >> 2, t = group & 3;
-                uint32_t words[4] = {fa_dropout_row_word(row0 + i + g), fa_dropout_col_word(col0 + j + 2 * t),
-                                     (uint32_t)head, args->dropout_offset};
-                fa_philox(words, (uint32_t)seed, (uint32_t)(seed >> 32));
-                for (int64_t field = 0; field < 8; ++field) {
-                    const int64_t row = i + g + 8 * ((field >> 1) & 1);
-                    const int64_t col = j + 2 * t + 8 * (field >> 2) + (field & 1);
-                    const uint32_t bits = (words[field >> 1] >> (16 * (field & 1))) & 0xFFFFu;
-                    if (row < rows) keep[row * ld + col] = bits >= threshold ? kept_value : 0;
+            uint32_t words[4][32];
+            for (int lane = 0; lane < 32; ++lane) {
+                uint32_t counter[4] = {fa_dropout_row_word(row0 + i) + (uint32_t)(lane >> 2),
+                                       fa_dropout_col_word(col0 + j) + (uint32_t)(lane & 3), (uint32_t)head,
+                                       args->dropout_offset};
+                fa_philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
+                for (int w = 0; w < 4; ++w) words[w][lane] = counter[w];
+            }
+            for (int64_t r = 0; r < fa_min(16, rows - i); ++r) {
+                real *row = keep + (i + r) * ld + j;
+                const uint32_t *left = &words[r >> 3][(r & 7) * 4], *right = left + 2 * 32; // columns 0-7, 8-15
+                for (int64_t t = 0; t < 4; ++t) {
+                    row[2 * t] = (left[t] & 0xFFFFu) >= threshold ? kept_value : 0;
+                    row[2 * t + 1] = (left[t] >> 16) >= threshold ? kept_value : 0;
+                    row[2 * t + 8] = (right[t] & 0xFFFFu) >= threshold ? kept_value : 0;
+                    row[2 * t + 9] = (right[t] >> 16) >= threshold ? kept_value : 0;
                 }
             }
         }

@@ -105,5 +105,6 @@ static inline void v_store_bf16(uint16_t *p, vreal x) {
 #endif
 
 #include "cpu/simd/operand_real.h"
+#include "cpu/simd/transpose_scalar.h"
 
 #endif

@@ -84,5 +84,10 @@ static inline void v_store_bf16(uint16_t *p, vreal x) {
 #else
 #include "cpu/simd/operand_real.h"
 #endif
+#if FA_REAL_IS_DOUBLE
+#include "cpu/simd/transpose_scalar.h"
+#else
+#include "cpu/simd/transpose_avx512.h"
+#endif
 
 #endif

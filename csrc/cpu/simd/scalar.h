@@ -42,5 +42,6 @@ static inline void v_store_bf16(uint16_t *p, vreal x) { *p = fa_f32_to_bf16(x); 
 #endif
 
 #include "cpu/simd/operand_real.h"
+#include "cpu/simd/transpose_scalar.h"
 
 #endif
