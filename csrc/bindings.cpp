@@ -124,11 +124,12 @@ struct Request {
         bias = tensor(3), alibi_slopes = tensor(4), sinks = tensor(5), seqlens_q = tensor(6), seqlens_k = tensor(7);
         cu_seqlens_q = tensor(8), cu_seqlens_k = tensor(9), seed = tensor(10);
         packed = cu_seqlens_q.has_value() || cu_seqlens_k.has_value();
-        args.softmax_scale = value(13).isNone() ? 1 / std::sqrt(static_cast<double>(q.size(-1))) : value(13).toDouble();
         args.causal = value(14).toBool(), args.window_left = value(15).toInt(), args.window_right = value(16).toInt();
         args.softcap = value(17).toDouble(), args.dropout_p = value(18).toDouble(), deterministic = value(19).toBool();
         check(fa_impl_parse(value(20).toStringRef().c_str(), &args.impl));
         read_inputs(value(11).toInt(), value(12).toInt());
+        args.softmax_scale =
+            value(13).isNone() ? 1 / std::sqrt(static_cast<double>(args.head_dim)) : value(13).toDouble();
         read_companions();
         args.workers = torch_workers(args);
     }

@@ -49,7 +49,13 @@ static fa_status check_sizes(const fa_forward_args *args) {
     FA_CHECK(check_size("seqlen_q", args->seqlen_q, 0, kMaxSize));
     FA_CHECK(check_size("seqlen_k", args->seqlen_k, 0, kMaxSize));
     FA_CHECK(check_size("head_dim", args->head_dim, 1, FA_MAX_HEAD_DIM));
-    return check_size("head_dim_v", args->head_dim_v, 1, FA_MAX_HEAD_DIM);
+    FA_CHECK(check_size("head_dim_v", args->head_dim_v, 1, FA_MAX_HEAD_DIM));
+    // No byte count of any workspace may overflow: the largest is a few score matrices of doubles, or rows of head_dim.
+    const double rows = ((double)args->batch + 1) * (double)args->heads_q * ((double)args->seqlen_q + 256);
+    FA_REQUIRE(rows * ((double)args->seqlen_k + FA_MAX_HEAD_DIM) < 0x1p57, FA_ERROR_VALUE,
+               "batch %lld, heads_q %lld, seqlen_q %lld, seqlen_k %lld: their product must be below 2^57",
+               (long long)args->batch, (long long)args->heads_q, (long long)args->seqlen_q, (long long)args->seqlen_k);
+    return FA_OK;
 }
 
 static fa_status check_options(const fa_forward_args *args) {
