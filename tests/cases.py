@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -113,6 +114,14 @@ class Inputs:
         if not case.packed:
             self._spoil_padding(self.d_o, case.lengths_q)
             self._spoil_padding(self.d_lse, case.lengths_q)
+
+    def in_float64(self) -> Inputs:
+        """The same values with float64 leaves, so that gradients are not rounded to the case's dtype."""
+        twin = copy.copy(self)
+        twin.leaves = {name: x.detach().to(torch.float64).requires_grad_() for name, x in self.leaves.items()}
+        twin.args = tuple(twin.leaves[name] for name in "qkv") + self.args[3:]
+        twin.options = self.options | {name: leaf for name, leaf in twin.leaves.items() if name not in "qkv"}
+        return twin
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._random, dtype=torch.float64)

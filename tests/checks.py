@@ -6,12 +6,16 @@ attention in the input dtype.
 
 with infinities in the same places and no NaN. lse is float32 whatever the inputs are, so its `standard` is computed in
 float32. float64 inputs have no `standard` but the oracle itself, so there the two constants shrink to 1e-11 and 1e-12.
+
+The error of a handful of elements is luck, that of `standard` as much as ours: one rounding to bfloat16 may be exact. So the
+error of `standard` in a tensor of fewer than 64 elements is the largest over the same case with 16 other seeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import torch
@@ -25,6 +29,7 @@ from .cases import DTYPES, Case, Inputs
 Results = dict[str, Tensor]  # "o", "lse", "d_q", … in this order
 
 _MAX, _MEAN = (2.0, 1e-5), (1.5, 1e-6)
+_FEW, _DRAWS = 64, 16
 _MAX_FLOAT64, _MEAN_FLOAT64 = (2.0, 1e-11), (1.5, 1e-12)
 
 
@@ -56,19 +61,19 @@ def run(inputs: Inputs, impl: str) -> Results:
 @functools.lru_cache(maxsize=8)
 def expected(case: Case, device: str = "cpu") -> Expected:
     inputs = case.inputs(device)
+    exact = inputs.in_float64()
     oracle = reference_attention_varlen if case.packed else reference_attention
     dtype = DTYPES[case.dtype]
-    reference = results(inputs, oracle)
+    reference = results(exact, oracle)
     standard = results(inputs, functools.partial(oracle, dtype=dtype))
     with torch.no_grad():
-        exact = torch.promote_types(dtype, torch.float32)
-        standard["lse"] = oracle(*inputs.args, **inputs.options, dtype=exact)[1]
+        standard["lse"] = oracle(*inputs.args, **inputs.options, dtype=torch.promote_types(dtype, torch.float32))[1]
     scale = {name: _magnitude(x) for name, x in reference.items()}
     # dS = P (dP - delta + d_lse) cancels where a row sees few keys, and rounding is relative to what cancels: the scale of
     # a gradient is the larger of its own and of what it is with d_lse = delta = rowsum(d_o * o), without the cancellation.
-    delta = (inputs.d_o * reference["o"]).nan_to_num(0).sum(-1)  # padded rows of d_o are NaN
-    inputs.d_lse = delta.T if case.packed else delta
-    for name, x in results(inputs, oracle).items():
+    delta = (exact.d_o * reference["o"]).nan_to_num(0).sum(-1)  # padded rows of d_o are NaN
+    exact.d_lse = delta.T if case.packed else delta
+    for name, x in results(exact, oracle).items():
         scale[name] = max(scale[name], _magnitude(x))
     return Expected(reference, standard, scale)
 
@@ -81,12 +86,12 @@ def _magnitude(x: Tensor) -> float:
 def assert_correct(got: Results, case: Case, device: str = "cpu") -> None:
     """Raises AssertionError with one line for each tensor that fails."""
     want = expected(case, device)
-    complaints = [c for name in want.reference if (c := _complaint(name, got[name], want, case.dtype == "f64"))]
     assert got.keys() == want.reference.keys()
+    complaints = [complaint for name in got if (complaint := _complaint(name, got[name], want, case, device))]
     assert not complaints, "\n".join([case.id, *complaints])
 
 
-def _complaint(name: str, x: Tensor, want: Expected, is_float64: bool) -> str | None:
+def _complaint(name: str, x: Tensor, want: Expected, case: Case, device: str) -> str | None:
     reference, standard = want.reference[name], want.standard[name]
     if x.shape != reference.shape or x.dtype != standard.dtype:
         return f"{name}: {x.dtype} {tuple(x.shape)}, expected {standard.dtype} {tuple(reference.shape)}"
@@ -97,27 +102,40 @@ def _complaint(name: str, x: Tensor, want: Expected, is_float64: bool) -> str | 
     if misplaced.any():
         at = _where(misplaced)
         return f"{name}: infinities differ in {misplaced.sum()} places, at {at}: got {x[at]}, expected {reference[at]}"
-    finite = reference.isfinite()
-    if not finite.any():
-        return None
-    error = torch.where(finite, (x - reference).abs(), 0)
-    error_standard = (standard.to(torch.float64) - reference).abs()
-    error_standard = error_standard[error_standard.isfinite()]  # what overflowed grants nothing
-    if not error_standard.numel():
-        error_standard = torch.zeros(1, dtype=torch.float64)
-    count = finite.sum()
-    for rule, value, of_standard, (factor, floor) in (
-        ("max", error.max(), error_standard.max(), _MAX_FLOAT64 if is_float64 else _MAX),
-        ("mean", error.sum() / count, error_standard.mean(), _MEAN_FLOAT64 if is_float64 else _MEAN),
-    ):
-        limit = factor * of_standard + floor * want.scale[name]
-        if value > limit:
-            at = _where(error == error.max())
+    errors, of_standard = _errors(x, reference), _errors(standard, reference)
+    rules = (_MAX_FLOAT64, _MEAN_FLOAT64) if case.dtype == "f64" else (_MAX, _MEAN)
+
+    def limits() -> tuple[float, ...]:
+        pairs = zip(rules, of_standard, strict=True)
+        return tuple(factor * error + floor * want.scale[name] for (factor, floor), error in pairs)
+
+    if any(map(operator.gt, errors, limits())) and x.numel() < _FEW:
+        of_standard = tuple(map(max, of_standard, _errors_of_other_seeds(case, device)[name]))
+    for rule, error, limit, standard_error in zip(("max", "mean"), errors, limits(), of_standard, strict=True):
+        if error > limit:
+            difference = (x - reference).abs().nan_to_num(0)
+            at = _where(difference == difference.max())
             return (
-                f"{name}: {rule} error {value:.3e} > {limit:.3e} (standard {of_standard:.3e}, scale {want.scale[name]:.3e}), "
-                f"worst at {at}: got {x[at]:.9g}, expected {reference[at]:.9g}"
+                f"{name}: {rule} error {error:.3e} > {limit:.3e} (standard {standard_error:.3e}, "
+                f"scale {want.scale[name]:.3e}), worst at {at}: got {x[at]:.9g}, expected {reference[at]:.9g}"
             )
     return None
+
+
+def _errors(x: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Largest and mean error, where both are finite: what `standard` overflowed grants nothing."""
+    error = (x.to(torch.float64) - reference).abs()
+    error = error[error.isfinite()]
+    return (error.max().item(), error.mean().item()) if error.numel() else (0.0, 0.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _errors_of_other_seeds(case: Case, device: str) -> dict[str, tuple[float, float]]:
+    draws = [expected.__wrapped__(dataclasses.replace(case, seed=case.seed + 1 + n), device) for n in range(_DRAWS)]
+    return {
+        name: tuple(map(max, zip(*(_errors(draw.standard[name], draw.reference[name]) for draw in draws), strict=True)))
+        for name in draws[0].reference
+    }
 
 
 def _where(mask: Tensor) -> tuple[int, ...]:

@@ -49,8 +49,8 @@ def keeps(seed: int, offset: int, head: int, i: int, j: int, p: float) -> bool:
 @pytest.mark.parametrize("seed", [0, 7, 2**63, 2**64 - 1, 0x123456789ABCDEF0])
 def test_dropout_mask_follows_its_definition_entry_by_entry(seed: int) -> None:
     mask = dropout_keep_mask(seed, 3, 2, 3, 19, 37, 0.4)
-    expected = [[[[keeps(seed, 3, 3 * b + h, i, j, 0.4) for j in range(37)] for i in range(19)] for h in range(3)] for b in (0, 1)]
-    assert mask.tolist() == expected
+    for b, h, i, j in itertools.product(range(2), range(3), range(19), range(37)):
+        assert mask[b, h, i, j].item() == keeps(seed, 3, 3 * b + h, i, j, 0.4)
     as_tensor = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
     assert torch.equal(dropout_keep_mask(as_tensor, 3, 2, 3, 19, 37, 0.4), mask)
 
