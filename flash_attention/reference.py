@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, obvious rather than fast: the float64 oracle, and the unfused baseline in the input dtype.
+"""Attention in plain PyTorch, obvious rather than fast: the float64 oracle and the unfused baseline in the input dtype.
 
     s_ij = softmax_scale * q_i.k_j                     offset = seqlen_k - seqlen_q (of the sequence)
     s_ij = softcap * tanh(s_ij / softcap)              if softcap > 0
@@ -54,7 +54,9 @@ def dropout_keep_mask(
 def _keep_mask(seed: int | Tensor, offset: int, heads: range, seqlen_q: int, seqlen_k: int, p: float) -> Tensor:
     """As above for the (b, h) numbered by `heads`: (len(heads), seqlen_q, seqlen_k). One Philox call serves the eight
     entries {g, g + 8} x {2t, 2t + 1, 2t + 8, 2t + 9} of a 16 x 16 tile, 16 bits each."""
-    seed = seed.reshape(()) if isinstance(seed, Tensor) else torch.tensor((seed + 2**63) % 2**64 - 2**63)  # the same bits
+    seed = (
+        seed.reshape(()) if isinstance(seed, Tensor) else torch.tensor((seed + 2**63) % 2**64 - 2**63)
+    )  # the same bits
     integers = functools.partial(torch.arange, device=seed.device)
     counter = (
         integers(8 * -(-seqlen_q // 16)).view(1, -1, 1),
@@ -124,36 +126,19 @@ def reference_attention_varlen(
 
 
 def standard_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    seqlens_q: Tensor | None = None,
-    seqlens_k: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """PyTorch's unfused attention in the input dtype: matmul, mask, softmax, matmul, with the Lq x Lk matrix in memory.
     The baseline that the kernels are measured against, in speed, memory and error.
 
-    Args: as `flash_attention`.
+    Args:
+        q, k, v: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
+        return_lse, options: the keyword arguments of `flash_attention` but impl and deterministic.
 
     Returns:
         o (B, Hq, Lq, Dv) in q's dtype, and with return_lse also lse (B, Hq, Lq), float32 (float64 for float64 inputs).
     """
-    o, lse = _attention(
-        q, k, v, q.dtype, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, bias=bias,
-        alibi_slopes=alibi_slopes, sinks=sinks, seqlens_q=seqlens_q, seqlens_k=seqlens_k, dropout_p=dropout_p, seed=seed,
-        with_lse=return_lse,
-    )  # fmt: skip
+    o, lse = _attention(q, k, v, q.dtype, with_lse=return_lse, **options)
     return (o, lse) if return_lse else o
 
 
@@ -222,9 +207,11 @@ def _attention(
     if mask is not None:
         scores = scores.masked_fill(mask, -torch.inf)
 
-    # A row that sees nothing is taken out before the softmax, so that neither it nor its gradient becomes NaN. Causal and
-    # window masks leave the diagonal visible: where each row has one, no row is empty and the baseline is spared the pass.
-    no_row_is_empty = mask is None or (seqlen_q <= seqlen_k and bias is None and seqlens_q is None and seqlens_k is None)
+    # A row that sees nothing is taken out before the softmax, so that neither it nor its gradient becomes NaN. Causal
+    # and window masks leave the diagonal visible: where each row has one, no row is empty, and the pass is spared.
+    no_row_is_empty = mask is None or (
+        seqlen_q <= seqlen_k and bias is None and seqlens_q is None and seqlens_k is None
+    )
     empty = None if no_row_is_empty else mask.all(dim=-1, keepdim=True)
     if sinks is not None:  # one more column, that no value belongs to
         column = sinks.to(dtype).view(-1, 1, 1)
@@ -242,7 +229,7 @@ def _attention(
 
     if dropout_p > 0:
         if seed is None:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+            seed = torch.randint(2**63 - 1, (1,), device=q.device)
         numbers = range(first_batch * heads_q, (first_batch + batch) * heads_q)
         keep = _keep_mask(seed, 0, numbers, seqlen_q, seqlen_k, dropout_p).unflatten(0, (batch, heads_q))
         probabilities = probabilities * keep.to(q.device) / (1 - dropout_p)

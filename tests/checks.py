@@ -7,8 +7,8 @@ attention in the input dtype.
 with infinities in the same places and no NaN. lse is float32 whatever the inputs are, so its `standard` is computed in
 float32. float64 inputs have no `standard` but the oracle itself, so there the two constants shrink to 1e-11 and 1e-12.
 
-The error of a handful of elements is luck, that of `standard` as much as ours: one rounding to bfloat16 may be exact. So the
-error of `standard` in a tensor of fewer than 64 elements is the largest over the same case with 16 other seeds.
+The error of a handful of elements is luck, that of `standard` as much as ours: a rounding to bfloat16 may be exact. So
+in a tensor of fewer than 64 elements the error of `standard` is the largest over the same case with 16 other seeds.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def expected(case: Case, device: str = "cpu") -> Expected:
     with torch.no_grad():
         standard["lse"] = oracle(*inputs.args, **inputs.options, dtype=torch.promote_types(dtype, torch.float32))[1]
     scale = {name: _magnitude(x) for name, x in reference.items()}
-    # dS = P (dP - delta + d_lse) cancels where a row sees few keys, and rounding is relative to what cancels: the scale of
-    # a gradient is the larger of its own and of what it is with d_lse = delta = rowsum(d_o * o), without the cancellation.
+    # dS = P (dP - delta + d_lse) cancels where a row sees few keys, and rounding is relative to what cancels. So the
+    # scale of a gradient is the larger of its own and of what it is with d_lse = delta = rowsum(d_o * o): P dP alone.
     delta = (exact.d_o * reference["o"]).nan_to_num(0).sum(-1)  # padded rows of d_o are NaN
     exact.d_lse = delta.T if case.packed else delta
     for name, x in results(exact, oracle).items():

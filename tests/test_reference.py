@@ -1,4 +1,4 @@
-"""The oracle itself: against published vectors, loops over single entries, PyTorch's attention and finite differences."""
+"""The oracle itself, against published vectors, loops over single entries, PyTorch and finite differences."""
 
 import itertools
 import math
@@ -55,9 +55,9 @@ def test_dropout_mask_follows_its_definition_entry_by_entry(seed: int) -> None:
     assert torch.equal(dropout_keep_mask(as_tensor, 3, 2, 3, 19, 37, 0.4), mask)
 
 
-def attention_by_loops(q, k, v, *, causal, window_size, softcap, softmax_scale, bias, alibi_slopes, sinks, seqlens_q, seqlens_k,
-                       dropout_p, seed):  # fmt: skip
+def attention_by_loops(q, k, v, *, causal, window_size, softcap, softmax_scale, bias, alibi_slopes, sinks, **options):
     """One score at a time."""
+    seqlens_q, seqlens_k, dropout_p, seed = (options[x] for x in ("seqlens_q", "seqlens_k", "dropout_p", "seed"))
     (batch, heads, seqlen_q, _), heads_kv = q.shape, k.shape[1]
     o = torch.zeros(batch, heads, seqlen_q, v.shape[-1], dtype=torch.float64)
     lse = torch.full((batch, heads, seqlen_q), -math.inf, dtype=torch.float64)
@@ -101,7 +101,12 @@ def test_oracle_agrees_with_loops_over_every_entry(causal: bool, window_size: tu
 
 
 def test_oracle_agrees_with_pytorch() -> None:
-    q, k, v, bias = random(2, 4, 13, 8), random(2, 2, 13, 8, seed=1), random(2, 2, 13, 6, seed=2), random(2, 1, 13, 13, seed=3)
+    q, k, v, bias = (
+        random(2, 4, 13, 8),
+        random(2, 2, 13, 8, seed=1),
+        random(2, 2, 13, 6, seed=2),
+        random(2, 1, 13, 13, seed=3),
+    )
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(reference_attention(q, k, v, causal=True, softmax_scale=0.3)[0], expected)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
@@ -109,8 +114,10 @@ def test_oracle_agrees_with_pytorch() -> None:
 
 
 def test_oracle_agrees_with_finite_differences() -> None:
-    case = Case("f64", 3, 2, heads_q=4, heads_kv=2, seqlen_q=4, seqlen_k=5, causal=True, softcap=2.0, bias="1hqk", alibi="bh",
-                sinks=True, dropout_p=0.2, lengths_q=(4, 3), lengths_k=(2, 5))  # fmt: skip
+    features = {"causal": True, "softcap": 2.0, "bias": "1hqk", "alibi": "bh", "sinks": True, "dropout_p": 0.2}
+    case = Case(
+        "f64", 3, 2, heads_q=4, heads_kv=2, seqlen_q=4, seqlen_k=5, lengths_q=(4, 3), lengths_k=(2, 5), **features
+    )
     inputs = case.inputs()
     names = tuple(inputs.leaves)
     fixed = {name: x for name, x in inputs.options.items() if name not in names}
@@ -137,7 +144,9 @@ def test_padding_and_packing_equal_one_sequence_at_a_time() -> None:
     cu_seqlens = [torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)]
     packed_o, packed_lse = reference_attention_varlen(*packed, *cu_seqlens, **options)
     for b, (len_q, len_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        o, lse = reference_attention(q[b : b + 1, :, :len_q], k[b : b + 1, :, :len_k], v[b : b + 1, :, :len_k], **options)
+        o, lse = reference_attention(
+            q[b : b + 1, :, :len_q], k[b : b + 1, :, :len_k], v[b : b + 1, :, :len_k], **options
+        )
         torch.testing.assert_close(padded_o[b, :, :len_q], o[0])
         torch.testing.assert_close(padded_lse[b, :, :len_q], lse[0])
         rows = slice(*cu_seqlens[0][b : b + 2].tolist())
