@@ -139,7 +139,7 @@ static sums sums_at(const fa_backward_args *args, char *base) {
     const int64_t strides[4] = {d_bias->stride_b, d_bias->stride_h, d_bias->stride_q, d_bias->stride_k};
     int64_t bias_elements = d_bias->data ? 1 : 0;
     for (int axis = 0; axis < 4; ++axis) {
-        t.bias_size[axis] = strides[axis] ? sizes[axis] : fa_min(1, sizes[axis]);
+        t.bias_size[axis] = strides[axis] ? sizes[axis] : 1;
         bias_elements *= t.bias_size[axis];
     }
     t.s = fa_take(&arena, sizeof(double) * (size_t)forward->seqlen_k);

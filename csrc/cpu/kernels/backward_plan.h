@@ -10,6 +10,7 @@ enum {
     kGradN = 256,                  // keys of a block
     kScoreStride = kGradN + 16,    // 17 cache lines: P^T is read down a column, so rows must not share L1 sets
     kGradStrips = kGradM / 4,      // strips of kMicroRows >= 4 rows in a tile, at most
+    kLargeLse = 64,                // beyond it, lse's rounding (4e-6) is more than P's own
     kGradTasks = 16,               // tasks that keep a machine busy; below it the keys of a head are split into lanes,
     kMaxKeyLanes = 8,              // each with a d_q of its own
 };
@@ -29,11 +30,13 @@ typedef struct backward_plan {
     const fa_backward_args *args;
     int64_t d_stride, dv_stride;  // head_dim, head_dim_v in whole panels
     int64_t q_chunks, k_chunks;   // packing tasks per head
+    int64_t q_tiles;              // per head
     int64_t key_lanes;            // lane c of a (b, h_kv) takes key blocks c, c + key_lanes, …; a function of shape alone
     packed q, d_o;                // along head_dim; q scaled by pack_scale(softmax_scale)
     packed q_down, d_o_down, k;   // down the rows; q_down is q, and d_o_down d_o, where an operand is a real
     packed k_panels, v_panels;
     packed lse, delta;            // one value a row: lse (+inf where no key is visible), rowsum(d_o * o) - d_lse
+    packed norm;                  // one value a row: 1 / sum of e^(s - lse), which is 1 but for the rounding of lse
     packed d_q;                   // [key_lanes * Hq] heads of rows: d_q / softmax_scale of each key lane
     double *d_slopes;             // [B][Hq][key_lanes]
     double *d_sinks;              // [B][Hq][q_chunks]
@@ -68,6 +71,7 @@ static backward_plan backward_plan_of(const fa_backward_args *args) {
     plan.d_stride = fa_round_up(forward->head_dim, kMicroCols);
     plan.dv_stride = fa_round_up(forward->head_dim_v, kMicroCols);
     plan.q_chunks = fa_ceil_div(forward->seqlen_q, kPackRows);
+    plan.q_tiles = fa_ceil_div(forward->seqlen_q, kGradM);
     plan.k_chunks = fa_ceil_div(forward->seqlen_k, kPackRows);
     const int64_t key_blocks = fa_max(1, fa_ceil_div(forward->seqlen_k, kGradN));
     const int64_t wanted = fa_ceil_div(kGradTasks, fa_max(1, forward->batch * hkv));
@@ -79,6 +83,7 @@ static backward_plan backward_plan_of(const fa_backward_args *args) {
     plan.d_o_down = kDepth == 1 ? plan.d_o : packed_take(&arena, forward, kSideQ, hq, plan.dv_stride / kDepth);
     plan.lse = packed_take(&arena, forward, kSideQ, hq, 1);
     plan.delta = packed_take(&arena, forward, kSideQ, hq, 1);
+    plan.norm = packed_take(&arena, forward, kSideQ, hq, 1);
     plan.k = packed_take(&arena, forward, kSideK, hkv, plan.d_stride / kDepth);
     plan.k_panels = packed_take(&arena, forward, kSideK, hkv, depth_units(forward->head_dim));
     plan.v_panels = packed_take(&arena, forward, kSideK, hkv, depth_units(forward->head_dim_v));

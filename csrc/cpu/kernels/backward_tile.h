@@ -1,6 +1,6 @@
 // One tile of the backward: P and dS of kGradM query rows against kGradN keys, recomputed from q, k and lse.
 //
-//   P = e^(s - lse);  dP = dropout(d_o v^T);  dS = P (dP - delta);  through softcap: dS (1 - tanh^2)
+//   P = norm e^(s - lse);  dP = dropout(d_o v^T);  dS = P (dP - delta);  through softcap: dS (1 - tanh^2)
 #ifndef FA_BACKWARD_TILE_H
 #define FA_BACKWARD_TILE_H
 
@@ -11,25 +11,23 @@ typedef struct grad_tile {
     const backward_plan *plan;
     const score_rule *rule;
     int64_t b, h, h_kv, m0, rows, n0;
-    int64_t strip_lo[kGradStrips], strip_hi[kGradStrips]; // visible columns of each strip, relative to n0
+    int64_t strip_lo[kGradStrips], strip_hi[kGradStrips]; // visible columns of each strip, relative to n0; 0, 0 if none
 } grad_tile;
 
 static int64_t panel_floor(int64_t column) { return column / kMicroCols * kMicroCols; }
 
 // s -> dropout(P), dP -> dS, in place, over columns [lo, hi) of one row. Returns sum_j dS |i + offset - j| for ALiBi.
 static double grad_row(const grad_tile *tile, const backward_scratch *scratch, int64_t r, int64_t lo, int64_t hi, real lse,
-                       real delta, int through_softcap) {
+                       real norm, real delta, int through_softcap) {
     const score_rule *rule = tile->rule;
     const fa_forward_args *forward = rule->args;
     const int64_t row = tile->m0 + r, col0 = tile->n0 + lo, n = hi - lo;
     real *p = scratch->p + r * kScoreStride + lo, *ds = scratch->ds + r * kScoreStride + lo;
-    scale_products(p, n, (real)forward->softmax_scale);
-    if (rule->modified) modify_scores(rule, p, row, col0, n, scratch->capped, scratch->row);
-    mask_scores(p, col0, n, fa_visible_keys(forward, &rule->seq, row));
-    const vreal v_lse = v_set1(lse), v_delta = v_set1(delta), log2e = v_set1(kLog2E);
+    finish_scores(rule, p, row, col0, n, scratch->capped, scratch->row);
+    const vreal v_lse = v_set1(lse), v_delta = v_set1(delta), v_norm = v_set1(norm), log2e = v_set1(kLog2E);
     const real *keep = forward->dropout_p > 0 ? scratch->keep + r * kScoreStride + lo : NULL;
     for (int64_t c = 0; c < n; c += kLanes) {
-        const vreal prob = v_exp2(v_mul(v_sub(v_load(p + c), v_lse), log2e));
+        const vreal prob = v_mul(v_norm, v_exp2(v_mul(v_sub(v_load(p + c), v_lse), log2e)));
         const vreal d_prob = keep ? v_mul(v_load(ds + c), v_load(keep + c)) : v_load(ds + c);
         v_store(p + c, keep ? v_mul(prob, v_load(keep + c)) : prob);
         v_store(ds + c, v_mul(prob, v_sub(d_prob, v_delta)));
@@ -66,6 +64,36 @@ static void pack_strip(const backward_scratch *scratch, int64_t r0, int64_t n, i
 #endif
 }
 
+// s = q k^T of rows [r0, r0 + n) with the panel of keys at column c, into scratch->p.
+static inline void grad_tile_s_panel(const grad_tile *tile, const backward_scratch *scratch, int64_t r0, int64_t n, int64_t c) {
+    const backward_plan *plan = tile->plan;
+    const fa_forward_args *forward = tile->rule->args;
+    const int64_t q_row = packed_first_row(forward, kSideQ, tile->b) + tile->m0 + r0;
+    const int64_t k_row = packed_first_row(forward, kSideK, tile->b) + tile->n0 + c;
+    micro_kernel(n, depth_units(forward->head_dim), operands_at(&plan->q, tile->h, q_row), plan->q.row_stride, 1,
+                 operands_at(&plan->k_panels, tile->h_kv, k_row), kMicroCols, scratch->p + r0 * kScoreStride + c, kScoreStride,
+                 0);
+}
+
+// Adds e^(s - lse) of the tile's rows to sums[kGradM]: what norm is made of.
+static void grad_tile_row_sums(const grad_tile *tile, const backward_scratch *scratch, real *sums) {
+    const score_rule *rule = tile->rule;
+    const fa_forward_args *forward = rule->args;
+    const real *lse = packed_at(&tile->plan->lse, tile->h, packed_first_row(forward, kSideQ, tile->b) + tile->m0);
+    for (int64_t r0 = 0; r0 < tile->rows; r0 += kMicroRows) {
+        const int64_t n = fa_min(kMicroRows, tile->rows - r0);
+        for (int64_t c = 0; c < fa_min(kGradN, rule->seq.len_k - tile->n0); c += kMicroCols) {
+            grad_tile_s_panel(tile, scratch, r0, n, c);
+            for (int64_t r = r0; r < r0 + n; ++r) {
+                real *s = scratch->p + r * kScoreStride + c;
+                finish_scores(rule, s, tile->m0 + r, tile->n0 + c, kMicroCols, scratch->capped, scratch->row);
+                for (int64_t j = 0; j < kMicroCols; j += kLanes)
+                    sums[r] += v_hsum(v_exp2(v_mul(v_sub(v_load(s + j), v_set1(lse[r])), v_set1(kLog2E))));
+            }
+        }
+    }
+}
+
 // Fills scratch->p and scratch->ds over the panels that each strip sees, and tile->strip_lo, strip_hi.
 // through_softcap 0: dS with respect to the capped score, which is what the bias sees.
 static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch, int through_softcap) {
@@ -82,21 +110,20 @@ static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch,
         const int64_t n = fa_min(kMicroRows, tile->rows - r0);
         const int64_t lo = fa_max(fa_visible_keys(forward, seq, tile->m0 + r0).lo - tile->n0, 0);
         const int64_t hi = fa_min(fa_visible_keys(forward, seq, tile->m0 + r0 + n - 1).hi - tile->n0, kGradN);
-        tile->strip_lo[strip] = lo;
-        tile->strip_hi[strip] = fa_max(lo, hi);
+        tile->strip_lo[strip] = lo < hi ? lo : 0;
+        tile->strip_hi[strip] = lo < hi ? hi : 0;
         if (lo >= hi) continue;
         const int64_t first = panel_floor(lo), last = fa_round_up(hi, kMicroCols);
         for (int64_t c = first; c < last; c += kMicroCols) {
-            micro_kernel(n, depth_units(forward->head_dim), operands_at(&plan->q, tile->h, q_row + r0), plan->q.row_stride, 1,
-                         operands_at(&plan->k_panels, tile->h_kv, k_row + c), kMicroCols,
-                         scratch->p + r0 * kScoreStride + c, kScoreStride, 0);
+            grad_tile_s_panel(tile, scratch, r0, n, c);
             micro_kernel(n, depth_units(forward->head_dim_v), operands_at(&plan->d_o, tile->h, q_row + r0),
                          plan->d_o.row_stride, 1, operands_at(&plan->v_panels, tile->h_kv, k_row + c), kMicroCols,
                          scratch->ds + r0 * kScoreStride + c, kScoreStride, 0);
         }
         const real *lse = packed_at(&plan->lse, tile->h, q_row), *delta = packed_at(&plan->delta, tile->h, q_row);
+        const real *norm = packed_at(&plan->norm, tile->h, q_row);
         for (int64_t r = r0; r < r0 + n; ++r)
-            slope_sum += grad_row(tile, scratch, r, first, last, lse[r], delta[r], through_softcap);
+            slope_sum += grad_row(tile, scratch, r, first, last, lse[r], norm[r], delta[r], through_softcap);
         pack_strip(scratch, r0, n, first, last);
     }
     return slope_sum;

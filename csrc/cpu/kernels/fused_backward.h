@@ -2,6 +2,7 @@
 // Source: Dao, "FlashAttention-2" (2023), algorithm 2.
 //
 //   pack: per (b, h) q, d_o, lse, delta = rowsum(d_o * o) - d_lse; per (b, h_kv) k, k^T, v^T
+//   norm: per tile of rows, only where scores are large
 //   keys: per (b, h_kv, key lane): for each key block of the lane, for each query head of the group, for each tile of rows:
 //           P, dS (backward_tile.h);  d_v += P^T d_o;  d_k += dS^T q;  d_q[lane] += dS k
 //   rows: d_q = softmax_scale * sum over lanes
@@ -56,8 +57,7 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
         pack_down(pack_target(&plan->q_down, &q), plan->q_down.row_stride, &q, 1);
         pack_down(pack_target(&plan->d_o_down, &d_o), plan->d_o_down.row_stride, &d_o, 1);
     }
-    const double sink =
-        forward->sinks.data ? fa_load(forward->sinks.data, forward->sinks.dtype, h * forward->sinks.stride_h) : -INFINITY;
+    const double sink = (double)sink_of(forward, h);
     double d_sink = 0;
     for (int64_t row = row0; row < row0 + n; ++row) {
         const int64_t lse_at = fa_row_offset(&forward->lse, seq.batch_index, h, seq.row_q + row);
@@ -67,9 +67,35 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
         if (args->d_lse.data) delta -= ((const real *)args->d_lse.data)[d_lse_at];
         *packed_at(&plan->lse, h, first + row) = lse == -INFINITY ? INFINITY : lse; // no visible key: P = e^-inf = 0
         *packed_at(&plan->delta, h, first + row) = delta;
+        *packed_at(&plan->norm, h, first + row) = 1;
         if (sink != -INFINITY) d_sink -= exp(sink - (double)lse) * (double)delta;
     }
     plan->d_sinks[task] = d_sink; // task counts (b, h, chunk)
+}
+
+// Large scores only: lse is rounded to |lse| 2^-24, and e^(s - lse) is off by as much; where that exceeds what rounding does
+// to P anyway, the rows of a tile are summed once more and P is divided by the sum. The sink is a term of it.
+static void backward_norm_task(void *arg, int64_t task, int32_t worker) {
+    const backward_plan *plan = arg;
+    const fa_forward_args *forward = &plan->args->forward;
+    const int64_t m0 = task % plan->q_tiles * kGradM, h = task / plan->q_tiles % forward->heads_q;
+    const int64_t b = task / plan->q_tiles / forward->heads_q;
+    const score_rule rule = score_rule_of(forward, b, h);
+    const int64_t rows = fa_min(kGradM, rule.seq.len_q - m0);
+    const real *lse = packed_at(&plan->lse, h, packed_first_row(forward, kSideQ, b) + m0);
+    int large = 0;
+    for (int64_t r = 0; r < rows; ++r) large |= fabs((double)lse[r]) > kLargeLse && lse[r] != INFINITY;
+    if (!large) return;
+    const backward_scratch scratch = backward_scratch_at(plan, worker, NULL);
+    real sums[kGradM];
+    for (int64_t r = 0; r < rows; ++r) sums[r] = real_exp(sink_of(forward, h) - lse[r]);
+    const int64_t lo = fa_visible_keys(forward, &rule.seq, m0).lo, hi = fa_visible_keys(forward, &rule.seq, m0 + rows - 1).hi;
+    for (int64_t n0 = lo / kGradN * kGradN; n0 < hi; n0 += kGradN) {
+        const grad_tile tile = {plan, &rule, b, h, h / (forward->heads_q / forward->heads_kv), m0, rows, n0, {0}, {0}};
+        grad_tile_row_sums(&tile, &scratch, sums);
+    }
+    real *norm = packed_at(&plan->norm, h, packed_first_row(forward, kSideQ, b) + m0);
+    for (int64_t r = 0; r < rows; ++r) norm[r] = lse[r] == INFINITY ? 1 : 1 / sums[r];
 }
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
@@ -213,6 +239,7 @@ static void fused_backward_run(const fa_backward_args *args) {
     const int64_t q_heads = forward->batch * forward->heads_q, kv_heads = forward->batch * forward->heads_kv;
     fa_parallel_for(&forward->workers, q_heads * plan.q_chunks, backward_pack_q_task, &plan);
     fa_parallel_for(&forward->workers, kv_heads * plan.k_chunks, backward_pack_k_task, &plan);
+    fa_parallel_for(&forward->workers, q_heads * plan.q_tiles, backward_norm_task, &plan);
     fa_parallel_for(&forward->workers, kv_heads * plan.key_lanes, backward_keys_task, &plan);
     fa_parallel_for(&forward->workers, q_heads * plan.q_chunks, backward_rows_task, &plan);
     store_per_head(forward, &args->d_alibi_slopes, plan.d_slopes, plan.key_lanes);

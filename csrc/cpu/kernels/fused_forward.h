@@ -181,9 +181,7 @@ static void forward_strip(const forward_plan *plan, const forward_scratch *scrat
                      kMicroCols, scratch->s + c, kBlockN, 0);
     for (int64_t r = r0; r < r0 + n; ++r) {
         real *s = scratch->s + (r - r0) * kBlockN;
-        scale_products(s, cols, (real)args->softmax_scale);
-        if (rule->modified) modify_scores(rule, s, m0 + r, block->n0 + first, cols, NULL, scratch->row);
-        mask_scores(s, block->n0 + first, cols, fa_visible_keys(args, &rule->seq, m0 + r));
+        finish_scores(rule, s, m0 + r, block->n0 + first, cols, NULL, scratch->row);
         softmax_row(s, scratch->p + (r - r0) * kBlockN / kDepth,
                     args->dropout_p > 0 ? scratch->keep + r * kBlockN + first : NULL, cols, &scratch->row_max[r],
                     &scratch->row_sum[r], scratch->acc_o + r * plan->dv_stride, plan->dv_stride);
@@ -198,14 +196,12 @@ static void forward_strip(const forward_plan *plan, const forward_scratch *scrat
 static void forward_finish_row(const fa_forward_args *args, const fa_sequence *seq, int64_t h, int64_t row, const real *acc_o,
                                real row_max, real row_sum) {
     real weight = 1;
-    if (args->sinks.data) {
-        const real sink = (real)fa_load(args->sinks.data, args->sinks.dtype, h * args->sinks.stride_h);
+    const real sink = sink_of(args, h);
+    if (sink != -INFINITY) {
         const real joint = sink > row_max ? sink : row_max;
-        if (joint != -INFINITY) {
-            weight = v_hmax(v_exp2(v_set1((row_max - joint) * kLog2E)));
-            row_sum = row_sum * weight + v_hmax(v_exp2(v_set1((sink - joint) * kLog2E)));
-            row_max = joint;
-        }
+        weight = real_exp(row_max - joint);
+        row_sum = row_sum * weight + real_exp(sink - joint);
+        row_max = joint;
     }
     const int64_t o_at = fa_row_offset(&args->o, seq->batch_index, h, seq->row_q + row);
     const int64_t lse_at = fa_row_offset(&args->lse, seq->batch_index, h, seq->row_q + row);

@@ -153,9 +153,7 @@ static void naive_scores_task(void *arg, int64_t task, int32_t worker) {
                   plan->k_t + block.columns * args->head_dim * plan->ld, plan->ld, s, plan->ld, 0);
     for (int64_t r = 0; r < block.rows; ++r) {
         real *capped = plan->backward && args->softcap > 0 ? plan->capped + block.matrix + r * plan->ld : NULL;
-        if (block.rule.modified)
-            modify_scores(&block.rule, s + r * plan->ld, block.row0 + r, 0, plan->ld, capped, block.scratch);
-        mask_scores(s + r * plan->ld, 0, plan->ld, fa_visible_keys(args, &block.rule.seq, block.row0 + r));
+        finish_scores(&block.rule, s + r * plan->ld, block.row0 + r, 0, plan->ld, capped, block.scratch);
     }
 }
 

@@ -1,6 +1,6 @@
 // The naive backward pass: P and dS as whole matrices, then one product for each gradient. Included by naive.h.
 
-// Step 2: p = e^(s - lse), dS = p (dropout(d_o v^T) - delta), then p = dropout(p).
+// Step 2: p = e^(s - lse) over its own row sum (1 but for the rounding of lse), dS = p (dropout(d_o v^T) - delta), then p = dropout(p).
 static void naive_ds_task(void *arg, int64_t task, int32_t worker) {
     const naive_plan *plan = arg;
     const fa_forward_args *args = plan->args;
@@ -22,9 +22,14 @@ static void naive_ds_task(void *arg, int64_t task, int32_t worker) {
             delta -= (double)((const real *)plan->backward->d_lse.data)[fa_row_offset(
                 &plan->backward->d_lse, seq->batch_index, block.h, seq->row_q + row)];
         real *p = plan->p + block.matrix + r * plan->ld, *ds = plan->ds + block.matrix + r * plan->ld;
+        real sum = lse == -INFINITY ? 1 : real_exp(sink_of(args, block.h) - lse);
+        for (int64_t j = 0; j < plan->ld; ++j) {
+            p[j] = lse == -INFINITY ? 0 : real_exp(p[j] - lse);
+            sum += p[j];
+        }
         for (int64_t j = 0; j < plan->ld; ++j) {
             const real weight = keep ? keep[r * plan->ld + j] : 1;
-            p[j] = lse == -INFINITY ? 0 : real_exp(p[j] - lse);
+            p[j] /= sum;
             ds[j] = p[j] * (weight * ds[j] - (real)delta);
             p[j] *= weight;
             slope_sum -= (double)ds[j] * fabs((double)(row + seq->len_k - seq->len_q - j));
@@ -32,8 +37,7 @@ static void naive_ds_task(void *arg, int64_t task, int32_t worker) {
         plan->slope_sums[sum_at] = slope_sum;
         plan->sink_sums[sum_at] = 0;
         if (args->sinks.data && lse != -INFINITY)
-            plan->sink_sums[sum_at] =
-                -exp(fa_load(args->sinks.data, args->sinks.dtype, block.h * args->sinks.stride_h) - (double)lse) * delta;
+            plan->sink_sums[sum_at] = -exp((double)sink_of(args, block.h) - (double)lse) * delta;
     }
 }
 

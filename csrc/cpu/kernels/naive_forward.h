@@ -7,8 +7,7 @@ static void naive_softmax_task(void *arg, int64_t task, int32_t worker) {
     const naive_block block = naive_block_of(plan, task, worker);
     if (block.rows <= 0) return;
     const real *keep = naive_keep(plan, &block);
-    const real sink =
-        args->sinks.data ? (real)fa_load(args->sinks.data, args->sinks.dtype, block.h * args->sinks.stride_h) : -INFINITY;
+    const real sink = sink_of(args, block.h);
     for (int64_t r = 0; r < block.rows; ++r) {
         real *p = plan->p + block.matrix + r * plan->ld;
         real max = sink, sum = 0;

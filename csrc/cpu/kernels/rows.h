@@ -12,10 +12,12 @@
 #define REAL_DTYPE FA_FLOAT64
 #define real_log log
 #define real_exp exp
+enum { kTanhTerms = 19 }; // of the continued fraction, below |x| = 0.6
 #else
 #define REAL_DTYPE FA_FLOAT32
 #define real_log logf
 #define real_exp expf
+enum { kTanhTerms = 9 };
 #endif
 
 static const real kLog2E = (real)1.4426950408889634;
@@ -96,6 +98,11 @@ static void dropout_tile(real *keep, int64_t ld, const fa_forward_args *args, in
             }
         }
     }
+}
+
+// The head's sink logit; -inf, which adds nothing, where there are none.
+static inline real sink_of(const fa_forward_args *args, int64_t h) {
+    return args->sinks.data ? (real)fa_load(args->sinks.data, args->sinks.dtype, h * args->sinks.stride_h) : -INFINITY;
 }
 
 // Values of one head over the batch: kept apart where the gradient has a batch axis, else summed in order.

@@ -25,19 +25,17 @@ static score_rule score_rule_of(const fa_forward_args *args, int64_t b, int64_t 
     return rule;
 }
 
-// s = softmax_scale * q.k, where packing did not scale q.
-static inline void scale_products(real *s, int64_t n, real softmax_scale) {
-    const vreal scale = v_set1(product_scale(softmax_scale));
-    for (int64_t c = 0; kDepth > 1 && c < n; c += kLanes) v_store(s + c, v_mul(v_load(s + c), scale));
-}
-
-// tanh(x) = 1 - 2 / (1 + e^2x): absolute error below 1e-7, and softcap * 1e-7 is below a float32 score's own rounding.
+// tanh(x), relative error a few roundings: x times an odd polynomial's quotient where 1 - 2 / (1 + e^2x) would cancel.
 static inline vreal v_tanh(vreal x) {
     const vreal e_2x = v_exp2(v_mul(x, v_set1(2 * kLog2E)));
-    return v_sub(v_set1(1), v_div(v_set1(2), v_add(e_2x, v_set1(1))));
+    const vreal far = v_sub(v_set1(1), v_div(v_set1(2), v_add(e_2x, v_set1(1))));
+    const vreal x2 = v_mul(x, x); // continued fraction: x / (1 + x2 / (3 + x2 / (5 + x2 / (7 + ...))))
+    vreal fraction = v_set1(kTanhTerms);
+    for (int odd = kTanhTerms - 2; odd > 0; odd -= 2) fraction = v_add(v_set1((real)odd), v_div(x2, fraction));
+    return v_select_below(x2, v_set1((real)0.36), v_div(x, fraction), far);
 }
 
-// s[0 ... n): scaled q.k of row `row` with keys col0 + [0, n) -> scores. n is a multiple of kMicroCols; keys past the
+// s[0 ... n): q.k of row `row` with keys col0 + [0, n), scaled -> scores. n is a multiple of kMicroCols; keys past the
 // tensor are left for mask_scores. capped: where not NULL, receives tanh(s / softcap). scratch: n elements.
 static void modify_scores(const score_rule *rule, real *s, int64_t row, int64_t col0, int64_t n, real *capped,
                           real *scratch) {
@@ -67,6 +65,15 @@ static inline void mask_scores(real *s, int64_t col0, int64_t n, fa_interval key
     const int64_t lo = fa_min(fa_max(keys.lo - col0, 0), n), hi = fa_max(fa_min(keys.hi - col0, n), 0);
     for (int64_t c = 0; c < lo; ++c) s[c] = -INFINITY;
     for (int64_t c = hi; c < n; ++c) s[c] = -INFINITY;
+}
+
+// s[0 ... n): products q.k, where packing did not scale q -> scores, -inf where the row does not see the key.
+static inline void finish_scores(const score_rule *rule, real *s, int64_t row, int64_t col0, int64_t n, real *capped,
+                                 real *scratch) {
+    const vreal scale = v_set1(product_scale((real)rule->args->softmax_scale));
+    for (int64_t c = 0; kDepth > 1 && c < n; c += kLanes) v_store(s + c, v_mul(v_load(s + c), scale));
+    if (rule->modified) modify_scores(rule, s, row, col0, n, capped, scratch);
+    mask_scores(s, col0, n, fa_visible_keys(rule->args, &rule->seq, row));
 }
 
 #endif

@@ -24,6 +24,9 @@ static inline vreal v_mul(vreal a, vreal b) { return _mm256_mul_pd(a, b); }
 static inline vreal v_div(vreal a, vreal b) { return _mm256_div_pd(a, b); }
 static inline vreal v_fma(vreal a, vreal b, vreal c) { return _mm256_fmadd_pd(a, b, c); }
 static inline vreal v_max(vreal a, vreal b) { return _mm256_max_pd(a, b); } // b if either is NaN
+static inline vreal v_select_below(vreal x, vreal limit, vreal below, vreal other) {
+    return _mm256_blendv_pd(other, below, _mm256_cmp_pd(x, limit, _CMP_LT_OQ));
+}
 
 static inline real v_hsum(vreal x) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
@@ -61,6 +64,9 @@ static inline vreal v_mul(vreal a, vreal b) { return _mm256_mul_ps(a, b); }
 static inline vreal v_div(vreal a, vreal b) { return _mm256_div_ps(a, b); }
 static inline vreal v_fma(vreal a, vreal b, vreal c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vreal v_max(vreal a, vreal b) { return _mm256_max_ps(a, b); } // b if either is NaN
+static inline vreal v_select_below(vreal x, vreal limit, vreal below, vreal other) {
+    return _mm256_blendv_ps(other, below, _mm256_cmp_ps(x, limit, _CMP_LT_OQ));
+}
 
 static inline real v_hsum(vreal x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -25,6 +25,9 @@ static inline vreal v_mul(vreal a, vreal b) { return _mm512_mul_pd(a, b); }
 static inline vreal v_div(vreal a, vreal b) { return _mm512_div_pd(a, b); }
 static inline vreal v_fma(vreal a, vreal b, vreal c) { return _mm512_fmadd_pd(a, b, c); }
 static inline vreal v_max(vreal a, vreal b) { return _mm512_max_pd(a, b); } // b if either is NaN
+static inline vreal v_select_below(vreal x, vreal limit, vreal below, vreal other) {
+    return _mm512_mask_mov_pd(other, _mm512_cmp_pd_mask(x, limit, _CMP_LT_OQ), below);
+}
 static inline real v_hsum(vreal x) { return _mm512_reduce_add_pd(x); }
 static inline real v_hmax(vreal x) { return _mm512_reduce_max_pd(x); }
 
@@ -50,6 +53,9 @@ static inline vreal v_mul(vreal a, vreal b) { return _mm512_mul_ps(a, b); }
 static inline vreal v_div(vreal a, vreal b) { return _mm512_div_ps(a, b); }
 static inline vreal v_fma(vreal a, vreal b, vreal c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vreal v_max(vreal a, vreal b) { return _mm512_max_ps(a, b); } // b if either is NaN
+static inline vreal v_select_below(vreal x, vreal limit, vreal below, vreal other) {
+    return _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), below);
+}
 static inline real v_hsum(vreal x) { return _mm512_reduce_add_ps(x); }
 static inline real v_hmax(vreal x) { return _mm512_reduce_max_ps(x); }
 

@@ -28,6 +28,7 @@ static inline vreal v_mul(vreal a, vreal b) { return a * b; }
 static inline vreal v_div(vreal a, vreal b) { return a / b; }
 static inline vreal v_fma(vreal a, vreal b, vreal c) { return a * b + c; }
 static inline vreal v_max(vreal a, vreal b) { return a > b ? a : b; } // b if either is NaN
+static inline vreal v_select_below(vreal x, vreal limit, vreal below, vreal other) { return x < limit ? below : other; }
 static inline real v_hmax(vreal a) { return a; }
 static inline real v_hsum(vreal a) { return a; }
 
