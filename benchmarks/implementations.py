@@ -1,0 +1,127 @@
+"""Every implementation that can be measured, by name: our kernels, and PyTorch's as peers.
+
+An implementation that cannot serve a problem says why by raising; measure turns that into the row's status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from flash_attention.reference import standard_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """attention(q, k, v, **options) -> o, called inside context(), which is entered outside the timed region."""
+
+    name: str
+    attention: Callable[..., Tensor]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    stores_scores: bool = False  # the B x Hq x Lq x Lk matrix is in memory
+    is_ours: bool = False
+
+
+def _ours(impl: str) -> Implementation:
+    try:
+        from flash_attention import flash_attention
+    except ImportError as error:  # not built: the peers can still be measured
+        reason = f"flash_attention is not built: {error}"
+
+        def flash_attention(*_: Any, **__: Any) -> Tensor:
+            raise RuntimeError(reason)
+
+    stores_scores = impl in ("reference", "naive", "split")
+    return Implementation(impl, functools.partial(flash_attention, impl=impl), stores_scores=stores_scores, is_ours=True)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> Tensor:
+    """F.scaled_dot_product_attention; its own is_causal is aligned top-left, ours bottom-right."""
+    known = {"softmax_scale": "scale", "dropout_p": "dropout_p", "bias": "attn_mask"}
+    if unknown := options.keys() - known:
+        raise NotImplementedError(f"PyTorch's SDPA has no {', '.join(sorted(unknown))}")
+    kwargs = {known[name]: value for name, value in options.items()}
+    if causal and q.shape[2] > 1:  # one query sees every key
+        if q.shape[2] == k.shape[2]:
+            kwargs["is_causal"] = True
+        else:
+            kwargs["attn_mask"] = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
+
+
+def _sdpa_through_float32(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return _sdpa(q.float(), k.float(), v.float(), **options).to(q.dtype)
+
+
+def _megatron(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    """The unfused attention of Megatron-LM's CoreAttention: baddbmm into a score tensor, scale-mask-softmax, bmm."""
+    (batch, heads, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
+    if heads != k.shape[1]:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.empty(batch * heads, seqlen_q, seqlen_k, dtype=q.dtype, device=q.device)
+    scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=head_dim**-0.5)
+    if causal:
+        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(seqlen_k - seqlen_q + 1)
+        scores = scores.masked_fill(hidden, -10000.0)
+    return torch.bmm(torch.softmax(scores, dim=-1), v).unflatten(0, (batch, heads))
+
+
+def _torch(backend: SDPBackend, attention: Callable[..., Tensor] = _sdpa, **kwargs: Any) -> Callable[[str], Implementation]:
+    # One backend alone: what it cannot do raises instead of falling back.
+    return lambda name: Implementation(name, attention, functools.partial(sdpa_kernel, backend), **kwargs)
+
+
+_BUILDERS: dict[str, Callable[[str], Implementation]] = {
+    "reference": _ours,
+    "naive": _ours,
+    "split": _ours,
+    "fused": _ours,
+    "tensor_core": _ours,
+    "hopper": _ours,
+    "auto": _ours,
+    "torch_flash": _torch(SDPBackend.FLASH_ATTENTION),
+    # 16-bit inputs through float32 and back: PyTorch's best where a CPU has no 16-bit matrix units.
+    "torch_flash_float32": _torch(SDPBackend.FLASH_ATTENTION, _sdpa_through_float32),
+    "torch_cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
+    "torch_efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
+    "torch_math": _torch(SDPBackend.MATH, stores_scores=True),
+    "torch_unfused": lambda name: Implementation(name, standard_attention, stores_scores=True),
+    "megatron": lambda name: Implementation(name, _megatron, stores_scores=True),
+}
+ALIASES = {"ext": "split", "online": "fused"}
+NAMES = tuple(_BUILDERS)
+OURS = tuple(name for name, builder in _BUILDERS.items() if builder is _ours)
+
+
+@functools.cache
+def find(name: str) -> Implementation:
+    """The implementation of a name in NAMES."""
+    return _BUILDERS[name](name)
+
+
+def defaults(device: str) -> list[str]:
+    """What a sweep compares on a device: every implementation that exists for it."""
+    if device == "cpu":
+        return ["naive", "fused", "torch_flash", "torch_math", "torch_unfused"]
+    cuda = ["naive", "split", "fused", "tensor_core", "hopper", "torch_flash", "torch_cudnn", "torch_efficient"]
+    return [*cuda, "torch_math", "torch_unfused", "megatron"]
+
+
+def best_device() -> str:
+    """"cuda" if our kernels run there, else "cpu"."""
+    if torch.cuda.is_available():
+        q = torch.zeros(1, 1, 1, 64, device="cuda")
+        with contextlib.suppress(ValueError, RuntimeError):
+            find("auto").attention(q, q, q)
+            return "cuda"
+    return "cpu"

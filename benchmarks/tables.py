@@ -1,0 +1,107 @@
+"""Results as tables in the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+import pandas
+from rich.console import Console
+from rich.table import Table
+
+from .implementations import OURS
+from .measure import SHAPE
+
+_WIDTH_OF_FILES = 120
+CONSOLE = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
+
+
+def throughput(frame: pandas.DataFrame) -> tuple[pandas.Series, str]:
+    """The frame's speeds and their unit, so that the numbers are readable."""
+    if frame["tflops"].max() < 2:
+        return frame["tflops"] * 1000, "GFLOP/s"
+    return frame["tflops"], "TFLOP/s"
+
+
+def speedups(frame: pandas.DataFrame, base: str) -> pandas.Series:
+    """Each row's speed-up over the row of `base` on the same problem; NaN where that has no time."""
+    base_ms = frame["ms"].where(frame["impl"] == base).groupby([frame[column] for column in SHAPE]).transform("max")
+    return base_ms / frame["ms"]
+
+
+def shape_texts(frame: pandas.DataFrame) -> tuple[str, pandas.Series]:
+    """The problems in words: what all rows share, and for each row the rest."""
+    heads, heads_kv = frame["heads_q"].astype(str), frame["heads_kv"].astype(str)
+    lengths, lengths_k = frame["seqlen_q"].astype(str), frame["seqlen_k"].astype(str)
+    parts = pandas.DataFrame({
+        "pass": frame["pass"],
+        "dtype": frame["dtype"],
+        "batch": "B" + frame["batch"].astype(str) if "batch" in frame else "",
+        "heads": "H" + heads.where(heads == heads_kv, heads + ":" + heads_kv),
+        "length": "L" + lengths.where(lengths == lengths_k, lengths + "x" + lengths_k),
+        "head_dim": "D" + frame["head_dim"].astype(str),
+        "mask": frame["causal"].map({True: "causal", False: "full"}),
+    })  # fmt: skip
+    shared = [name for name in parts if name != "length" and parts[name].nunique() == 1]
+    return " ".join(filter(None, parts[shared].iloc[0])), parts.drop(columns=shared).agg(" ".join, axis=1)
+
+
+def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> None:
+    """A row each, a block for each problem; `base` is what speed-ups are over."""
+    speed, unit = throughput(frame)
+    speedup = speedups(frame, base)
+    used = {
+        "ms": frame["ms"],
+        unit: frame["ms"],
+        "K+V GB/s": frame["gbs"],
+        f"vs {base}": speedup,
+        "extra MiB": frame["peak_bytes"],
+        "error": frame["max_error"],
+        "status": frame["status"].where(frame["status"] != "ok"),
+    }
+    columns = ["impl", *(column for column, values in used.items() if values.notna().any())]
+    shared, problems = shape_texts(frame)
+    table = Table(title=f"{title}: {shared}", title_justify="left", caption="extra MiB: peak memory beyond the inputs, results included; "
+                  "error: largest difference from float64", caption_justify="left")  # fmt: skip
+    table.add_column("problem", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("impl", "status") else "right", no_wrap=column != "status")
+    frame = frame.assign(problem=problems, speed=speed, speedup=speedup)
+    for _, rows in frame.groupby(SHAPE, sort=False):
+        for n, (_, row) in enumerate(rows.iterrows()):
+            cells = {
+                "impl": f"[bold]{row.impl}[/]" if row.impl in OURS else row.impl,
+                "ms": _number(row.ms),
+                unit: _number(row.speed),
+                "K+V GB/s": _number(row.gbs),
+                f"vs {base}": f"{row.speedup:.2f}x" if row.speedup == row.speedup else "",
+                "extra MiB": _number(row.peak_bytes / 2**20),
+                "error": f"{row.max_error:.1e}" if row.max_error == row.max_error else "",
+                "status": row.status if row.status == "ok" else f"[yellow]{row.status}[/]",
+            }
+            table.add_row(row.problem if n == 0 else "", *(cells[c] for c in columns), end_section=n == len(rows) - 1)
+    CONSOLE.print(table)
+
+
+def print_batches(batches: pandas.DataFrame, base: str = "torch_unfused") -> None:
+    """The largest batch of each implementation, and how many times that of `base`."""
+    if batches.empty:
+        return
+    shared, problems = shape_texts(batches)
+    table = Table(title=f"Largest batch that fits: {shared}", title_justify="left")
+    for column in ("problem", "impl", "batch", f"of {base}", "uses MiB", "budget MiB", "status"):
+        table.add_column(column, justify="left" if column in ("problem", "impl", "status") else "right", no_wrap=column != "status")
+    for _, rows in batches.assign(problem=problems).groupby([c for c in SHAPE if c in batches], sort=False):
+        of_base = rows.loc[rows["impl"] == base, "largest_batch"].max()
+        for n, (_, row) in enumerate(rows.iterrows()):
+            ratio = f"{row.largest_batch / of_base:.1f}x" if of_base > 0 and row.largest_batch >= 0 else ""
+            sizes = (_number(row.total_bytes / 2**20), _number(row.budget_bytes / 2**20))
+            table.add_row(row.problem if n == 0 else "", row.impl, _number(row.largest_batch), ratio,
+                          *sizes, row.status, end_section=n == len(rows) - 1)  # fmt: skip
+    CONSOLE.print(table)
+
+
+def _number(value: float) -> str:
+    """Three digits or all before the point; nothing for NaN."""
+    if value != value:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
