@@ -1,0 +1,141 @@
+"""The benchmarks run, write what they promise, and turn what is missing into a status."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+
+from benchmarks import attention, benchmark_memory, benchmark_speed, demo, grid, implementations, plot_attention_sweep
+from benchmarks import visualize_results
+from benchmarks.call import Call
+from benchmarks.checking import Oracle
+from benchmarks.implementations import Implementation
+from benchmarks.measure import COLUMNS, measure_all
+from benchmarks.problem import Problem
+from benchmarks.sweep_table import SWEEP_CSV
+from benchmarks.timing import time_calls
+from flash_attention.reference import standard_attention
+
+from .cases import Case
+
+SMALL = Case(batch=1, heads_q=2, heads_kv=1, seqlen_q=40, seqlen_k=40, head_dim=16, causal=True)
+SWEEP_COLUMNS = ["tag", "impl", "B", "H", "Tq", "Tkv", "D", "time_ms", "peak_mem_MB", "tflops", "status"]
+
+
+def _tiny_run(main, folder: Path, *arguments: str) -> None:
+    main(["--device", "cpu", "--budget", "1", "--output", str(folder), *arguments])
+
+
+def _assert_pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+def test_sweep_writes_its_columns_and_pictures(tmp_path: Path) -> None:
+    _tiny_run(attention.main, tmp_path, "--sweep", "--max-length", "128", "--H", "2", "--no-memory", "--impl", "online",
+              "ext", "torch_unfused")  # fmt: skip
+    frame = pandas.read_csv(tmp_path / SWEEP_CSV)
+    assert list(frame.columns[: len(SWEEP_COLUMNS)]) == SWEEP_COLUMNS
+    assert set(COLUMNS) <= {*frame.columns, "batch", "heads_q", "seqlen_q", "seqlen_k", "head_dim", "ms"}
+    assert set(frame["tag"]) == {"prefill", "decode", "head_dim"}
+    assert set(frame["impl"]) == {"fused", "split", "torch_unfused"}
+    timed = frame[frame["impl"] != "split"]
+    assert (timed["status"] == "ok").all() and (timed["time_ms"] > 0).all() and (timed["max_error"] < 1e-4).all()
+    assert frame.loc[frame["impl"] == "split", "status"].str.startswith("unavailable: impl 'split'").all()
+    pictures = [f"sweep_{name}.png" for name in ("time", "time_log", "memory", "tflops", "decode", "head_dim")]
+    _assert_pictures(tmp_path, *pictures)
+    (tmp_path / pictures[0]).unlink()
+    plot_attention_sweep.main([str(tmp_path / SWEEP_CSV), "--output", str(tmp_path)])
+    _assert_pictures(tmp_path, *pictures)
+
+
+def test_every_benchmark_writes_its_results_and_one_overview(tmp_path: Path) -> None:
+    _tiny_run(demo.main, tmp_path, "--lengths", "32", "64", "--no-memory")
+    _tiny_run(benchmark_speed.main, tmp_path, "--lengths", "32", "64", "--heads", "2", "--no-memory")
+    _tiny_run(benchmark_memory.main, tmp_path, "--lengths", "64", "--batch-lengths", "64", "--impl", "fused", "torch_unfused",
+              "--memory-budget", "0.01", "--budget", "20")  # fmt: skip
+    visualize_results.main([str(tmp_path)])
+    _assert_pictures(tmp_path, "demo.png", "speed.png", "memory.png", "memory_batch.png", "overview.png")
+    assert list(pandas.read_csv(tmp_path / "demo.csv").columns) == COLUMNS
+    batches = pandas.read_csv(tmp_path / "memory_batch.csv")
+    assert (batches["status"] == "ok").all()
+    assert (batches["largest_batch"] >= 1).all() and (batches["total_bytes"] <= batches["budget_bytes"]).all()
+
+
+def test_backward_of_one_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _tiny_run(attention.main, tmp_path, "--Tq", "40", "--H", "2", "--backward", "--impl", "fused", "--no-memory")
+    assert "bwd" in capsys.readouterr().out
+
+
+def test_a_missing_device_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    frame = measure_all([Problem(SMALL, device="cuda")], ["fused", "torch_flash"], budget=1)
+    assert len(frame) == 2 and frame["status"].str.contains("no CUDA device").all() and frame["ms"].isna().all()
+
+
+def test_a_used_up_budget_is_a_status() -> None:
+    frame = measure_all([Problem(SMALL)], ["fused"], budget=0)
+    assert frame["status"].str.startswith("skipped: the budget").all()
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(q, k, v, *, causal):
+        return standard_attention(q, k, v, causal=not causal)
+
+    monkeypatch.setattr("benchmarks.measure.find", lambda name: Implementation(name, wrong))
+    frame = measure_all([Problem(SMALL)], ["fused"], budget=1, with_memory=False)
+    assert frame["status"].str.startswith("wrong: error").all() and frame["ms"].isna().all()
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd+bwd"])
+def test_a_long_problem_is_checked_in_part(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("benchmarks.checking").checking.MAX_SCORES, "cpu", 500)
+    problem = Problem(SMALL, direction)
+    inputs = problem.inputs()
+    call = Call(implementations.find("torch_unfused"), problem, inputs)
+    assert Oracle(problem, inputs).check(call).status == "ok"
+
+
+def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
+    problem = Problem(SMALL)
+    inputs = problem.inputs()
+    good, bad = (Call(implementations.find("torch_unfused"), problem, inputs) for _ in range(2))
+
+    def fail(*_, **__):
+        raise RuntimeError("gone")
+
+    bad.implementation = Implementation("bad", fail)
+    timings = time_calls({"good": good, "bad": bad}, 0.01)
+    assert timings["good"].ms_min <= timings["good"].ms <= timings["good"].ms_max and timings["good"].samples >= 3
+    assert isinstance(timings["bad"], RuntimeError)
+
+
+def test_costs_count_what_the_masks_leave() -> None:
+    problem = Problem(Case(batch=2, heads_q=3, seqlen_q=5, seqlen_k=7, head_dim=8, head_dim_v=4, causal=True), "bwd")
+    assert problem.visible_pairs == 3 + 4 + 5 + 6 + 7
+    assert problem.flops == 2.5 * 2 * 2 * 3 * (8 + 4) * 25
+    assert Problem(Case(seqlen_q=4, seqlen_k=4, window=(1, 1))).visible_pairs == 2 + 3 + 3 + 2
+    assert Problem(Case(seqlen_q=3, seqlen_k=1, causal=True)).visible_pairs == 1
+
+
+def test_ratios_take_the_best_of_each_side() -> None:
+    rows = [{**Problem(SMALL).columns(), "impl": impl, "ms": ms} for impl, ms in
+            (("naive", 9.0), ("fused", 2.0), ("torch_flash", 4.0), ("torch_math", 8.0), ("torch_cudnn", math.nan))]  # fmt: skip
+    ratios = grid.ratios_to_best_peer(pandas.DataFrame(rows, columns=COLUMNS))
+    assert ratios["ratio"].tolist() == [2.0] and ratios["peer"].tolist() == ["torch_flash"]
+    assert grid.geometric_mean(pandas.Series([2.0, 8.0])) == pytest.approx(4)
+
+
+def test_grid_cells_carry_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "_cpu_cells", lambda full: iter([("fwd", SMALL), ("bwd", SMALL)]))
+    _tiny_run(grid.main, tmp_path, "--impl", "fused", "torch_flash", "--no-memory")
+    frame = pandas.read_csv(tmp_path / "grid.csv")
+    assert list(frame.columns[:19]) == [
+        *("pass", "dtype", "batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "causal"),
+        *("impl", "ms", "ms_min", "ms_max", "tflops", "gbs", "peak_bytes", "max_error", "commit", "date"),
+    ]
+    _assert_pictures(tmp_path, "grid.png")
