@@ -22,7 +22,7 @@ from tests.cases import Case
 from . import machine, plots
 from .arguments import add_measuring, announce, impls_of, parse, parser, say_written
 from .measure import Skipped, failures_in, measure_all, require_device, require_memory, write_csv
-from .memory import MemoryProbe, available_bytes
+from .memory import available_bytes, peak_bytes
 from .problem import Problem
 from .tables import print_batches, print_results
 
@@ -65,27 +65,26 @@ def largest_batches(problems: Sequence[Problem], impls: Sequence[str], budget: f
     """A row for each problem and implementation: the largest batch within `budget` bytes, and the bytes it takes."""
     rows: list[dict[str, Any]] = []
     deadline = time.monotonic() + seconds
-    with MemoryProbe() as probe:
-        work = [(problem, impl) for problem in problems for impl in impls]
-        for problem, impl in (progress := tqdm(work, unit="search", dynamic_ncols=True)):
-            progress.set_description(f"largest batch, {problem.direction} {problem.case.id} {impl}")
-            row = problem.columns() | {"impl": impl, "largest_batch": math.nan, "total_bytes": math.nan, "budget_bytes": budget}
-            row |= machine.provenance(problem.device) | {"status": "ok"}
-            with failures_in(row):
-                if time.monotonic() > deadline:
-                    raise Skipped(f"skipped: the budget of {seconds:.0f} s is used up")
-                require_device(problem.device)
-                require_memory(problem, impl)
-                row["budget_bytes"] = min(budget, available_bytes(problem.device) / 2)
-                row["largest_batch"], row["total_bytes"] = _largest_batch(probe, problem, impl, row["budget_bytes"])
-            rows.append(row)
+    work = [(problem, impl) for problem in problems for impl in impls]
+    for problem, impl in (progress := tqdm(work, unit="search", dynamic_ncols=True)):
+        progress.set_description(f"largest batch, {problem.direction} {problem.case.id} {impl}")
+        row = problem.columns() | {"impl": impl, "largest_batch": math.nan, "total_bytes": math.nan, "budget_bytes": budget}
+        row |= machine.provenance(problem.device) | {"status": "ok"}
+        with failures_in(row):
+            if time.monotonic() > deadline:
+                raise Skipped(f"skipped: the budget of {seconds:.0f} s is used up")
+            require_device(problem.device)
+            require_memory(problem, impl)
+            row["budget_bytes"] = min(budget, available_bytes(problem.device) / 2)
+            row["largest_batch"], row["total_bytes"] = _largest_batch(problem, impl, row["budget_bytes"])
+        rows.append(row)
     return pandas.DataFrame(rows).drop(columns="batch")
 
 
-def _largest_batch(probe: MemoryProbe, problem: Problem, impl: str, budget: float) -> tuple[int, float]:
+def _largest_batch(problem: Problem, impl: str, budget: float) -> tuple[int, float]:
     def total_bytes(batch: int) -> float:
         sized = dataclasses.replace(problem, case=dataclasses.replace(problem.case, batch=batch))
-        return sized.inputs_bytes + probe.peak_bytes(sized, impl)
+        return sized.inputs_bytes + peak_bytes(sized, impl)
 
     measured = [(1, total_bytes(1)), (2, total_bytes(2))]
     if math.isnan(measured[0][1]):

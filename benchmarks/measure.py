@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from . import machine
 from .call import Call
 from .checking import Oracle
 from .implementations import find
-from .memory import MemoryProbe, available_bytes
+from .memory import available_bytes, peak_bytes
 from .problem import Problem, options
 from .timing import time_calls, use_device
 
@@ -46,18 +47,20 @@ def measure_all(
     rows: list[dict[str, Any]] = []
     deadline = time.monotonic() + budget
     machine.load_at_start()
-    with MemoryProbe() as probe, tqdm(problems, unit="problem", dynamic_ncols=True) as progress:
-        for done, problem in enumerate(progress):
-            progress.set_description(f"{problem.direction} {problem.case.id}")
-            left = deadline - time.monotonic()
-            seconds = _TIMED_SHARE * left / ((len(problems) - done) * len(impls))
-            try:
-                if left <= 0:
-                    raise Skipped(f"skipped: the budget of {budget:.0f} s is used up")
-                require_device(problem.device)
-                rows += _measure(problem, impls, seconds if with_time else None, probe if with_memory else None)
-            except Skipped as reason:
-                rows += [_row(problem, impl, status=str(reason)) for impl in impls]
+    progress = tqdm(problems, unit="problem", dynamic_ncols=True)
+    for done, problem in enumerate(progress):
+        progress.set_description(f"{problem.direction} {problem.case.id}")
+        left = deadline - time.monotonic()
+        seconds = _TIMED_SHARE * left / ((len(problems) - done) * len(impls))
+        try:
+            if left <= 0:
+                raise Skipped(f"skipped: the budget of {budget:.0f} s is used up")
+            require_device(problem.device)
+            with warnings.catch_warnings():  # PyTorch warns why a backend refuses; the row's status says that it did
+                warnings.simplefilter("ignore", UserWarning)
+                rows += _measure(problem, impls, seconds if with_time else None, with_memory)
+        except Skipped as reason:
+            rows += [_row(problem, impl, status=str(reason)) for impl in impls]
     return pandas.DataFrame(rows, columns=COLUMNS)
 
 
@@ -74,9 +77,7 @@ def require_device(device: str) -> None:
     use_device(device)
 
 
-def _measure(
-    problem: Problem, impls: Sequence[str], seconds: float | None, probe: MemoryProbe | None
-) -> list[dict[str, Any]]:
+def _measure(problem: Problem, impls: Sequence[str], seconds: float | None, with_memory: bool) -> list[dict[str, Any]]:
     inputs = problem.inputs()
     oracle = Oracle(problem, inputs)
     rows = {impl: _row(problem, impl) for impl in impls}
@@ -101,9 +102,9 @@ def _measure(
                 rows[impl]["gbs"] = problem.kv_bytes / timing.ms * 1e-6
     timed = list(calls)
     calls.clear()  # their graphs and score matrices
-    for impl in timed if probe else ():
+    for impl in timed if with_memory else ():
         with failures_in(rows[impl]):
-            rows[impl]["peak_bytes"] = probe.peak_bytes(problem, impl)
+            rows[impl]["peak_bytes"] = peak_bytes(problem, impl)
     return list(rows.values())
 
 

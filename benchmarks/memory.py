@@ -11,10 +11,11 @@ three readings. Resolution: about 0.2 MB. Where the system has no /proc/self/cle
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import multiprocessing
 import os
 import re
@@ -31,29 +32,22 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _REPEAT_SECONDS = 0.5
 
 
-class MemoryProbe(contextlib.AbstractContextManager["MemoryProbe"]):
-    """Measures peak memory: in a process of its own for the CPU, which is started by the first question."""
+def peak_bytes(problem: Problem, impl: str) -> float:
+    """Raises what the implementation raises, and MemoryError if the measuring process was killed."""
+    if problem.device != "cpu":
+        return _peak_bytes(problem, impl)
+    try:
+        return _worker(torch.get_num_threads()).submit(_peak_bytes, problem, impl).result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        _worker.cache_clear()
+        raise MemoryError("the measuring process was killed") from error
 
-    def __init__(self) -> None:
-        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
-    def peak_bytes(self, problem: Problem, impl: str) -> float:
-        """Raises what the implementation raises, and MemoryError if the process was killed."""
-        if problem.device != "cpu":
-            return peak_bytes(problem, impl)
-        if self._pool is None:
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _start_worker, (torch.get_num_threads(),)
-            )
-        try:
-            return self._pool.submit(peak_bytes, problem, impl).result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            self._pool = None
-            raise MemoryError("out of memory: the measuring process was killed") from error
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+@functools.cache
+def _worker(threads: int) -> concurrent.futures.Executor:
+    """The process that measures memory on the CPU; it lives until this one ends."""
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, spawn, _start_worker, (threads,))
 
 
 def _start_worker(threads: int) -> None:
@@ -61,7 +55,7 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def peak_bytes(problem: Problem, impl: str) -> float:
+def _peak_bytes(problem: Problem, impl: str) -> float:
     """In this process."""
     implementation = find(impl)
     small = dataclasses.replace(problem.case, batch=1, seqlen_q=min(64, problem.case.seqlen_q), seqlen_k=64)
@@ -102,7 +96,7 @@ def _status_bytes(field: str) -> int:
 def available_bytes(device: str) -> float:
     """What the device could still allocate; on a CPU what the system can give without swapping."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
     return 1024 * int(found[1]) if found else float("inf")

@@ -21,6 +21,7 @@ WARM_UP_CALLS = 5
 MIN_SAMPLES, GOOD_SAMPLES, MAX_SAMPLES = 3, 20, 500
 MIN_SECONDS = 0.1  # a call that has GOOD_SAMPLES goes on until it was timed for so long
 GRAPH_BELOW_MS, GRAPH_CALLS = 0.2, 20
+FLUSHES = 10  # as many as keep the device busy while the host queues the call, autograd included
 
 Sampler = Callable[[], float]  # -> ms of one call
 
@@ -34,10 +35,11 @@ class Timing:
     timer: str  # "clock", "events" or "graph"
 
 
+@functools.cache
 def use_device(device: str) -> None:
     """CUDA work goes to a stream of its own from here on: the default stream cannot be captured in a graph."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
         torch.cuda.set_stream(torch.cuda.Stream())
 
 
@@ -114,7 +116,8 @@ def _events(call: Call) -> float:
 
 def _between_events(work: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flush_buffer(torch.cuda.current_device()).zero_()
+    for _ in range(FLUSHES):
+        _flush_buffer(torch.cuda.current_device()).zero_()
     start.record()
     work()
     end.record()
