@@ -11,27 +11,38 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-TORCH = "torch>=2.9"
 ROOT = Path(__file__).parent
 LIB = Path("build/libflash_attention.a")
+TORCH = "torch>=2.9"
+
+
+def import_builder():
+    try:
+        import torch
+    except ImportError:
+        sys.path.append(sysconfig.get_path("platlib"))  # that of the environment we are installed into
+        import torch
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        raise ImportError
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    return BuildExtension, CppExtension
+
 
 try:
-    import torch  # noqa: F401
+    BuildExtension, CppExtension = import_builder()
+    requires = []
 except ImportError:
-    sys.path.append(sysconfig.get_path("platlib"))
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    CppExtension, BuildExtension = Extension, build_ext
+    if not {"egg_info", "sdist"} & set(sys.argv):  # what only asks for requirements or packs the sources goes on
+        raise SystemExit(
+            f"flash_attention is compiled against {TORCH}, and {sys.executable} has none: install torch, then repeat"
+        ) from None
+    BuildExtension, CppExtension = build_ext, Extension
+    requires = [TORCH]
 
 
 class build_extension(BuildExtension):
     def run(self):
-        if BuildExtension is build_ext:
-            raise SystemExit(
-                f"flash_attention is compiled against {TORCH}, and {sys.executable} has none: install torch first, then "
-                "repeat this command (pip install --no-build-isolation .)"
-            )
         for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # the jobs of a make that called us are not ours to use
             os.environ.pop(name, None)
         subprocess.check_call(["make", f"-j{os.cpu_count()}", "lib"], cwd=ROOT)
@@ -55,5 +66,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": build_extension},
-    setup_requires=[TORCH] if BuildExtension is build_ext else [],
+    setup_requires=requires,
 )

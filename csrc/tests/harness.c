@@ -124,8 +124,7 @@ static void run_process(const char *isa) {
         ++tally->failed;
         tally->is_open = false;
     }
-    if (tally->has_isa)
-        printf("%-12s %5d passed, %d failed\n", isa, tally->passed - passed, tally->failed - failed);
+    if (tally->has_isa) printf("%-12s %5d passed, %d failed\n", isa, tally->passed - passed, tally->failed - failed);
 }
 
 // c_tests [--quick]: FLASH_ATTENTION_ISA, if set, is the only instruction set.

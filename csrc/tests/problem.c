@@ -6,8 +6,12 @@
 
 #include "cpu/convert.h"
 
-const char *const kViewNames[VIEW_COUNT] = {"q", "k", "v", "bias", "alibi_slopes", "sinks", "d_o", "d_lse",
-                                            "o", "lse", "d_q", "d_k", "d_v", "d_bias", "d_alibi_slopes", "d_sinks"};
+// clang-format off
+const char *const kViewNames[VIEW_COUNT] = {
+    "q", "k", "v", "bias", "alibi_slopes", "sinks", "d_o", "d_lse",
+    "o", "lse", "d_q", "d_k", "d_v", "d_bias", "d_alibi_slopes", "d_sinks",
+};
+// clang-format on
 
 int64_t view_size(const view *v) { return v->sizes[0] * v->sizes[1] * v->sizes[2] * v->sizes[3]; }
 
@@ -98,9 +102,7 @@ static fa_tensor as_tensor(const view *v) { return (fa_tensor){v->data, v->strid
 static fa_bias as_bias(const view *v) {
     return (fa_bias){v->data, v->dtype, v->strides[0], v->strides[1], v->strides[2], v->strides[3]};
 }
-static fa_per_head as_per_head(const view *v) {
-    return (fa_per_head){v->data, v->dtype, v->strides[0], v->strides[1]};
-}
+static fa_per_head as_per_head(const view *v) { return (fa_per_head){v->data, v->dtype, v->strides[0], v->strides[1]}; }
 
 problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool oracle, placement where) {
     static const int kAll[4] = {1, 1, 1, 1};
@@ -113,15 +115,16 @@ problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool
     fa_forward_args *args = &p.args.forward;
     const bool packed = c->lengths == LENGTHS_PACKED;
     const int heads_kv = c->heads_kv ? c->heads_kv : c->heads_q, dv = c->head_dim_v ? c->head_dim_v : c->head_dim;
-    *args = (fa_forward_args){.impl = impl, .dtype = STORED(dtype), .batch = c->batch, .heads_q = c->heads_q,
-                              .heads_kv = heads_kv, .seqlen_q = c->seqlen_q, .seqlen_k = c->seqlen_k,
-                              .head_dim = c->head_dim, .head_dim_v = dv, .softmax_scale = 1 / sqrt(c->head_dim),
-                              .softcap = c->softcap, .causal = c->causal, .window_left = c->window ? c->window_left : -1,
-                              .window_right = c->window ? c->window_right : -1, .dropout_p = c->dropout_p,
-                              .dropout_offset = 7};
+    args->impl = impl, args->dtype = STORED(dtype);
+    args->batch = c->batch, args->heads_q = c->heads_q, args->heads_kv = heads_kv;
+    args->seqlen_q = c->seqlen_q, args->seqlen_k = c->seqlen_k, args->head_dim = c->head_dim, args->head_dim_v = dv;
+    args->softmax_scale = 1 / sqrt(c->head_dim), args->softcap = c->softcap, args->causal = c->causal;
+    args->window_left = c->window ? c->window_left : -1, args->window_right = c->window ? c->window_right : -1;
+    args->dropout_p = c->dropout_p, args->dropout_offset = 7;
     p.args.deterministic = 1;
     if (c->lengths != LENGTHS_FULL) {
-        const int32_t *q = make_lengths(c, false, &args->total_q, where), *k = make_lengths(c, true, &args->total_k, where);
+        const int32_t *q = make_lengths(c, false, &args->total_q, where);
+        const int32_t *k = make_lengths(c, true, &args->total_k, where);
         *(packed ? &args->cu_seqlens_q : &args->seqlens_q) = q;
         *(packed ? &args->cu_seqlens_k : &args->seqlens_k) = k;
     }
@@ -148,7 +151,8 @@ problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool
     v[VIEW_D_V] = make_view(STORED(dtype), v[VIEW_V].sizes, kAll, layout, where);
     if (c->d_lse) v[VIEW_D_LSE] = make_view(STORED(lse_dtype), v[VIEW_LSE].sizes, kAll, layout, where);
     if (c->bias) {
-        const int axes[4] = {!!strchr(c->bias, 'b'), !!strchr(c->bias, 'h'), !!strchr(c->bias, 'q'), !!strchr(c->bias, 'k')};
+        const int axes[4] = {!!strchr(c->bias, 'b'), !!strchr(c->bias, 'h'), !!strchr(c->bias, 'q'),
+                             !!strchr(c->bias, 'k')};
         const int64_t *sizes = SIZES(c->batch, c->heads_q, c->seqlen_q, c->seqlen_k);
         v[VIEW_BIAS] = make_view(STORED(extras_dtype), sizes, axes, layout, where);
         v[VIEW_D_BIAS] = make_view(STORED(extras_dtype), sizes, axes, layout, where);
@@ -165,7 +169,8 @@ problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool
     }
 #undef SIZES
 #undef STORED
-    const fa_dtype rounded_to[VIEW_FIRST_OUTPUT] = {dtype, dtype, dtype, extras_dtype, slopes_dtype, extras_dtype, dtype, lse_dtype};
+    fa_dtype rounded_to[VIEW_FIRST_OUTPUT] = {dtype, dtype, dtype, extras_dtype, slopes_dtype, extras_dtype};
+    rounded_to[VIEW_D_O] = dtype, rounded_to[VIEW_D_LSE] = lse_dtype;
     for (view_id id = 0; id < VIEW_FIRST_OUTPUT; ++id)
         if (v[id].data) fill_view(c, &v[id], id, rounded_to[id]);
 

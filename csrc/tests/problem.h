@@ -30,12 +30,14 @@ typedef struct attention_case {
     double magnitude; // of q; 0: 1
 } attention_case;
 
+// clang-format off
 typedef enum view_id {
     VIEW_Q, VIEW_K, VIEW_V, VIEW_BIAS, VIEW_SLOPES, VIEW_SINKS, VIEW_D_O, VIEW_D_LSE, // inputs
     VIEW_O, VIEW_LSE, VIEW_D_Q, VIEW_D_K, VIEW_D_V, VIEW_D_BIAS, VIEW_D_SLOPES, VIEW_D_SINKS, // outputs
     VIEW_COUNT,
     VIEW_FIRST_OUTPUT = VIEW_O
 } view_id;
+// clang-format on
 
 typedef struct view { // absent: data NULL
     void *data;

@@ -9,6 +9,7 @@
 #include "problem.h"
 
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers" // a case names what it has
+// clang-format off
 static const attention_case kCases[] = {
     {"one element", 1, 1, 1, 1, 1, 1},
     {"one row", 2, 2, 2, 1, 65, 64},
@@ -69,6 +70,7 @@ static const attention_case kCases[] = {
      .softcap = 3, .bias = "hqk-", .alibi = 2, .sinks = true, .dropout_p = 0.2, .lengths = LENGTHS_PADDED,
      .layout = LAYOUT_GAPS, .d_lse = true},
 };
+// clang-format on
 
 static const double kUnitRoundoff[] = {0x1p-24, 0x1p-53, 0x1p-11, 0x1p-8}; // by fa_dtype
 
@@ -169,12 +171,12 @@ static attention_case random_case(void) {
     static const char *const kBias[] = {NULL, NULL, NULL, "", "bhqk", "hk", "bq", "qk-"};
     static const double kSoftcaps[] = {0, 0, 2, 30}, kDropouts[] = {0, 0, 0.1, 0.5};
     const int heads_kv = 1 + draw(2);
-    attention_case c = {.batch = 1 + draw(3), .heads_q = heads_kv * (1 + draw(3)), .heads_kv = heads_kv,
-                        .seqlen_q = draw(80), .seqlen_k = draw(90), .head_dim = 1 + draw(70), .causal = draw(2),
-                        .window = draw(3) == 0, .window_left = draw(40) - 1, .window_right = draw(40) - 1,
-                        .softcap = kSoftcaps[draw(4)], .dropout_p = kDropouts[draw(4)], .bias = kBias[draw(8)],
-                        .alibi = draw(3), .sinks = draw(2), .d_lse = draw(2), .wide_extras = draw(2),
-                        .lengths = draw(LENGTHS_COUNT), .layout = draw(LAYOUT_COUNT)};
+    attention_case c = {.batch = 1 + draw(3), .heads_q = heads_kv * (1 + draw(3)), .heads_kv = heads_kv};
+    c.seqlen_q = draw(80), c.seqlen_k = draw(90), c.head_dim = 1 + draw(70), c.causal = draw(2);
+    c.window = draw(3) == 0, c.window_left = draw(40) - 1, c.window_right = draw(40) - 1;
+    c.softcap = kSoftcaps[draw(4)], c.dropout_p = kDropouts[draw(4)], c.bias = kBias[draw(8)], c.alibi = draw(3);
+    c.sinks = draw(2), c.d_lse = draw(2), c.wide_extras = draw(2);
+    c.lengths = (lengths)draw(LENGTHS_COUNT), c.layout = (layout)draw(LAYOUT_COUNT);
     c.head_dim_v = draw(2) ? c.head_dim : 1 + draw(90);
     if (draw(8) == 0) c.seqlen_k += 250;
     if (c.lengths == LENGTHS_PACKED) c.bias = NULL;

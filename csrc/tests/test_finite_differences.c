@@ -5,9 +5,12 @@
 #include "problem.h"
 
 static const attention_case kCases[] = {
-    {"every feature", 2, 4, 2, 9, 12, 8, 5, .softcap = 2, .bias = "hqk", .alibi = 1, .sinks = true, .dropout_p = 0.2, .d_lse = true},
-    {"padded, slopes for each sequence", 3, 2, 1, 11, 9, 4, .causal = true, .alibi = 2, .bias = "bk", .lengths = LENGTHS_PADDED, .d_lse = true},
-    {"packed, window", 3, 2, 2, 11, 13, 4, .window = true, .window_left = 3, .window_right = 1, .sinks = true, .lengths = LENGTHS_PACKED},
+    {"every feature", 2, 4, 2, 9, 12, 8, 5, .softcap = 2, .bias = "hqk", .alibi = 1, .sinks = true, .dropout_p = 0.2,
+     .d_lse = true},
+    {"padded, slopes for each sequence", 3, 2, 1, 11, 9, 4, .causal = true, .alibi = 2, .bias = "bk",
+     .lengths = LENGTHS_PADDED, .d_lse = true},
+    {"packed, window", 3, 2, 2, 11, 13, 4, .window = true, .window_left = 3, .window_right = 1, .sinks = true,
+     .lengths = LENGTHS_PACKED},
 };
 
 static double loss(const problem *p) {
@@ -52,7 +55,8 @@ static void check_gradient(const attention_case *c, view_id input, view_id gradi
 }
 
 void test_finite_differences(void) {
-    static const view_id kPairs[][2] = {{VIEW_Q, VIEW_D_Q}, {VIEW_K, VIEW_D_K}, {VIEW_V, VIEW_D_V}, {VIEW_BIAS, VIEW_D_BIAS},
+    static const view_id kPairs[][2] = {{VIEW_Q, VIEW_D_Q},           {VIEW_K, VIEW_D_K},
+                                        {VIEW_V, VIEW_D_V},           {VIEW_BIAS, VIEW_D_BIAS},
                                         {VIEW_SLOPES, VIEW_D_SLOPES}, {VIEW_SINKS, VIEW_D_SINKS}};
     for (size_t i = 0; i < sizeof kCases / sizeof kCases[0]; ++i)
         for (size_t j = 0; j < sizeof kPairs / sizeof kPairs[0]; ++j) {

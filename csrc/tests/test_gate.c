@@ -17,10 +17,10 @@ static fa_tensor tensor(float *data, int64_t heads, int64_t rows, int64_t width)
 
 static fa_backward_args valid_args(void) {
     const fa_tensor q = tensor(g_in, kH, kLq, kD), k = tensor(g_in, kHkv, kLk, kD), lse = tensor(g_in, kH, kLq, 1);
-    fa_forward_args forward = {.dtype = FA_FLOAT32, .batch = kB, .heads_q = kH, .heads_kv = kHkv, .seqlen_q = kLq,
-                               .seqlen_k = kLk, .head_dim = kD, .head_dim_v = kD, .q = q, .k = k, .v = k, .o = q, .lse = lse,
-                               .softmax_scale = 0.3, .window_left = -1, .window_right = -1,
-                               .workspace = g_workspace, .workspace_bytes = sizeof g_workspace};
+    fa_forward_args forward = {.q = q, .k = k, .v = k, .o = q, .lse = lse, .softmax_scale = 0.3};
+    forward.batch = kB, forward.heads_q = kH, forward.heads_kv = kHkv, forward.seqlen_q = kLq, forward.seqlen_k = kLk;
+    forward.head_dim = forward.head_dim_v = kD, forward.window_left = forward.window_right = -1;
+    forward.workspace = g_workspace, forward.workspace_bytes = sizeof g_workspace;
     const fa_tensor d_q = tensor(g_out, kH, kLq, kD), d_k = tensor(g_out, kHkv, kLk, kD);
     return (fa_backward_args){.forward = forward, .d_o = q, .d_q = d_q, .d_k = d_k, .d_v = d_k, .deterministic = 1};
 }
@@ -73,7 +73,8 @@ static void test_sizes(void) {
     REFUSES(FA_ERROR_VALUE, "head_dim 513: must be between 1 and 512", args.head_dim = 513);
     REFUSES(FA_ERROR_VALUE, "head_dim_v 513", args.head_dim_v = 513);
     REFUSES(FA_ERROR_VALUE, "", (args.batch = args.heads_q = args.heads_kv = INT32_MAX));
-    REFUSES(FA_ERROR_VALUE, "", (args.seqlen_q = args.seqlen_k = INT32_MAX, args.batch = 1 << 20, args.impl = FA_NAIVE));
+    REFUSES(FA_ERROR_VALUE, "",
+            (args.seqlen_q = args.seqlen_k = INT32_MAX, args.batch = 1 << 20, args.impl = FA_NAIVE));
 }
 
 static void test_options(void) {

@@ -17,7 +17,8 @@ static void test_philox(void) {
         const uint32_t ones = i * UINT32_MAX;
         uint32_t words[4] = {ones, ones, ones, ones};
         fa_philox(words, ones, ones);
-        expect(memcmp(words, kAnswers[i], sizeof words) == 0, "%08x %08x %08x %08x", words[0], words[1], words[2], words[3]);
+        expect(memcmp(words, kAnswers[i], sizeof words) == 0, "%08x %08x %08x %08x", words[0], words[1], words[2],
+               words[3]);
     }
 
     test_begin("dropout: the share that is dropped");
@@ -44,7 +45,8 @@ static void test_conversions(void) {
     for (uint32_t bits = 0; bits < 65536; ++bits) {
         const bool f16_nan = (bits & 0x7FFF) > 0x7C00, bf16_nan = (bits & 0x7FFF) > 0x7F80;
         const float f16 = fa_f16_to_f32((uint16_t)bits), bf16 = fa_bf16_to_f32((uint16_t)bits);
-        expect(f16_nan ? isnan(f16) && isnan(fa_f16_to_f32(fa_f32_to_f16(f16))) : fa_f32_to_f16(f16) == bits, "float16 %x", bits);
+        expect(f16_nan ? isnan(f16) && isnan(fa_f16_to_f32(fa_f32_to_f16(f16))) : fa_f32_to_f16(f16) == bits,
+               "float16 %x", bits);
         expect(bf16_nan ? isnan(bf16) && isnan(fa_bf16_to_f32(fa_f32_to_bf16(bf16))) : fa_f32_to_bf16(bf16) == bits,
                "bfloat16 %x", bits);
     }
@@ -58,11 +60,13 @@ static void test_conversions(void) {
     for (uint16_t bits = 0; bits < 0x7F7F; ++bits) {
         const uint32_t middle = (uint32_t)bits << 16 | 0x8000;
         expect(fa_f32_to_bf16(fa_f32_from_bits(middle)) == (bits & 1 ? bits + 1 : bits), "bfloat16 %x", bits);
-        expect(fa_f32_to_bf16(fa_f32_from_bits(middle - 1)) == bits && fa_f32_to_bf16(fa_f32_from_bits(middle + 1)) == bits + 1,
+        expect(fa_f32_to_bf16(fa_f32_from_bits(middle - 1)) == bits &&
+                   fa_f32_to_bf16(fa_f32_from_bits(middle + 1)) == bits + 1,
                "bfloat16 near %x", bits);
     }
     test_begin("float16, bfloat16: what is too large becomes infinite");
-    expect(fa_f32_to_f16(65519.0F) == 0x7BFF && fa_f32_to_f16(65520.0F) == 0x7C00 && fa_f32_to_f16(-1e30F) == 0xFC00, "float16");
+    expect(fa_f32_to_f16(65519.0F) == 0x7BFF && fa_f32_to_f16(65520.0F) == 0x7C00 && fa_f32_to_f16(-1e30F) == 0xFC00,
+           "float16");
     expect(fa_f32_to_bf16(3.4e38F) == 0x7F80 && fa_f32_to_bf16(-INFINITY) == 0xFF80, "bfloat16");
 }
 
@@ -73,22 +77,25 @@ static void test_names(void) {
         expect(fa_impl_parse(fa_impl_name(impl), &parsed) == FA_OK && parsed == impl, "%s", fa_impl_name(impl));
     }
     fa_impl impl;
-    expect(fa_impl_parse("fastest", &impl) == FA_ERROR_VALUE && strstr(fa_error_text(), "impl 'fastest'"), "%s", fa_error_text());
+    expect(fa_impl_parse("fastest", &impl) == FA_ERROR_VALUE && strstr(fa_error_text(), "impl 'fastest'"), "%s",
+           fa_error_text());
     expect(strcmp(fa_dtype_name(FA_BFLOAT16), "bfloat16") == 0, "%s", fa_dtype_name(FA_BFLOAT16));
     expect(fa_impl_name((fa_impl)1000) != NULL && fa_dtype_name((fa_dtype)-1) != NULL, "out of range");
 }
 
 static void test_kernels(void) {
     test_begin("kernel table: one is chosen, the others say why not");
-    fa_forward_args args = {.dtype = FA_FLOAT32, .batch = 1, .heads_q = 1, .heads_kv = 1, .seqlen_q = 8, .seqlen_k = 8,
-                            .head_dim = 8, .head_dim_v = 8, .softmax_scale = 1, .window_left = -1, .window_right = -1};
+    fa_forward_args args = {.batch = 1, .heads_q = 1, .heads_kv = 1, .seqlen_q = 8, .seqlen_k = 8, .softmax_scale = 1};
+    args.head_dim = args.head_dim_v = 8, args.window_left = args.window_right = -1;
     int on_cpu = 0, chosen = 0;
     char text[256];
     for (int32_t i = 0; i < fa_kernel_count(); ++i) {
         fa_kernel_info info;
-        expect(fa_kernel_describe(i, &info) == FA_OK && strcmp(info.name, fa_impl_name(info.impl)) == 0, "row %d", (int)i);
+        expect(fa_kernel_describe(i, &info) == FA_OK && strcmp(info.name, fa_impl_name(info.impl)) == 0, "row %d",
+               (int)i);
         for (fa_pass pass = FA_FORWARD; pass <= FA_BACKWARD; ++pass) {
-            expect(fa_kernel_verdict(i, &args, pass, text, sizeof text) == FA_OK && text[0], "row %d: %s", (int)i, fa_error_text());
+            expect(fa_kernel_verdict(i, &args, pass, text, sizeof text) == FA_OK && text[0], "row %d: %s", (int)i,
+                   fa_error_text());
             chosen += strcmp(text, "chosen") == 0;
             expect(info.device == FA_CPU || strstr(text, "runs on cuda"), "%s: %s", info.name, text);
         }
@@ -98,7 +105,8 @@ static void test_kernels(void) {
 
     test_begin("kernel table: a text that is too long is cut");
     memset(text, 'x', sizeof text);
-    expect(fa_kernel_verdict(0, &args, FA_FORWARD, text, 4) == FA_OK && strlen(text) == 3 && text[4] == 'x', "%.8s", text);
+    expect(fa_kernel_verdict(0, &args, FA_FORWARD, text, 4) == FA_OK && strlen(text) == 3 && text[4] == 'x', "%.8s",
+           text);
 
     test_begin("kernel table: no such row, no such request");
     fa_kernel_info info;
@@ -118,7 +126,8 @@ static void test_workers(void) {
         int calls[16] = {0};
         workers.run(workers.context, count_calls, calls);
         expect(workers.count == (count < 1 ? 1 : count), "asked for %d, got %d", (int)count, (int)workers.count);
-        for (int w = 0; w < 16; ++w) expect(calls[w] == (w < workers.count), "worker %d of %d: %d calls", w, (int)count, calls[w]);
+        for (int w = 0; w < 16; ++w)
+            expect(calls[w] == (w < workers.count), "worker %d of %d: %d calls", w, (int)count, calls[w]);
     }
 }
 
