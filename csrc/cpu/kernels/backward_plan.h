@@ -16,7 +16,7 @@ enum {
 };
 
 typedef struct backward_scratch { // of one worker
-    real *p, *ds;                 // [kGradM][kScoreStride] dropout(P), dS
+    real *p, *ds;                 // [kGradM][kScoreStride] P where dropout keeps it, dS
     operand *p_down, *ds_down;    // [kGradM / kDepth][kScoreStride]; p and ds themselves where an operand is a real
     operand *ds_along;            // [kGradM][kScoreStride / kDepth]; the same
     real *keep;                   // [kGradM][kScoreStride]

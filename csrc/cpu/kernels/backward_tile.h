@@ -16,7 +16,7 @@ typedef struct grad_tile {
 
 static int64_t panel_floor(int64_t column) { return column / kMicroCols * kMicroCols; }
 
-// s -> dropout(P), dP -> dS, in place, over columns [lo, hi) of one row. Returns sum_j dS |i + offset - j| for ALiBi.
+// s -> P where dropout keeps it, dP -> dS, in place, over columns [lo, hi) of one row. Returns sum_j dS |i + offset - j| for ALiBi.
 static double grad_row(const grad_tile *tile, const backward_scratch *scratch, int64_t r, int64_t lo, int64_t hi, real lse,
                        real norm, real delta, int through_softcap) {
     const score_rule *rule = tile->rule;
@@ -25,10 +25,11 @@ static double grad_row(const grad_tile *tile, const backward_scratch *scratch, i
     real *p = scratch->p + r * kScoreStride + lo, *ds = scratch->ds + r * kScoreStride + lo;
     finish_scores(rule, p, row, col0, n, scratch->capped, scratch->row);
     const vreal v_lse = v_set1(lse), v_delta = v_set1(delta), v_norm = v_set1(norm), log2e = v_set1(kLog2E);
+    const vreal kept = v_set1(kept_scale(forward));
     const real *keep = forward->dropout_p > 0 ? scratch->keep + r * kScoreStride + lo : NULL;
     for (int64_t c = 0; c < n; c += kLanes) {
         const vreal prob = v_mul(v_norm, v_exp2(v_mul(v_sub(v_load(p + c), v_lse), log2e)));
-        const vreal d_prob = keep ? v_mul(v_load(ds + c), v_load(keep + c)) : v_load(ds + c);
+        const vreal d_prob = keep ? v_mul(v_mul(v_load(ds + c), v_load(keep + c)), kept) : v_load(ds + c);
         v_store(p + c, keep ? v_mul(prob, v_load(keep + c)) : prob);
         v_store(ds + c, v_mul(prob, v_sub(d_prob, v_delta)));
     }
@@ -105,7 +106,7 @@ static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch,
     double slope_sum = 0;
     if (forward->dropout_p > 0)
         dropout_tile(scratch->keep, kScoreStride, forward, tile->b * forward->heads_q + tile->h, tile->m0, tile->rows, tile->n0,
-                     kGradN, (real)(1 / (1 - forward->dropout_p)));
+                     kGradN, 1);
     for (int64_t r0 = 0, strip = 0; r0 < tile->rows; r0 += kMicroRows, ++strip) {
         const int64_t n = fa_min(kMicroRows, tile->rows - r0);
         const int64_t lo = fa_max(fa_visible_keys(forward, seq, tile->m0 + r0).lo - tile->n0, 0);

@@ -110,7 +110,7 @@ static void store_keys(const backward_plan *plan, const backward_scratch *scratc
         store_row((char *)args->d_k.data + k_at * fa_dtype_bytes(dtype), scratch->d_k + key * plan->d_stride,
                   args->forward.head_dim, dtype, product_scale((real)args->forward.softmax_scale));
         store_row((char *)args->d_v.data + v_at * fa_dtype_bytes(dtype), scratch->d_v + key * plan->dv_stride,
-                  args->forward.head_dim_v, dtype, 1);
+                  args->forward.head_dim_v, dtype, kept_scale(&args->forward));
     }
 }
 

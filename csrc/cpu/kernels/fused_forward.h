@@ -206,7 +206,7 @@ static void forward_finish_row(const fa_forward_args *args, const fa_sequence *s
     const int64_t o_at = fa_row_offset(&args->o, seq->batch_index, h, seq->row_q + row);
     const int64_t lse_at = fa_row_offset(&args->lse, seq->batch_index, h, seq->row_q + row);
     store_row((char *)args->o.data + o_at * fa_dtype_bytes(args->dtype), acc_o, args->head_dim_v, args->dtype,
-              row_sum == 0 ? 0 : weight / row_sum); // a NaN sum stays NaN
+              row_sum == 0 ? 0 : weight * kept_scale(args) / row_sum); // a NaN sum stays NaN
     ((real *)args->lse.data)[lse_at] = row_sum == 0 ? -INFINITY : row_max + real_log(row_sum);
 }
 
@@ -234,8 +234,7 @@ static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
     const int64_t col_hi = rows ? fa_visible_keys(args, seq, m0 + rows - 1).hi : 0;
     for (int64_t n0 = col_lo / kBlockN * kBlockN; n0 < col_hi; n0 += kBlockN) {
         if (args->dropout_p > 0)
-            dropout_tile(scratch.keep, kBlockN, args, b * args->heads_q + h, m0, rows, n0, kBlockN,
-                         (real)(1 / (1 - args->dropout_p)));
+            dropout_tile(scratch.keep, kBlockN, args, b * args->heads_q + h, m0, rows, n0, kBlockN, 1);
         const key_block block = key_block_at(plan, &scratch, seq, b, h_kv, n0);
         for (int64_t r0 = 0; r0 < rows; r0 += kMicroRows)
             forward_strip(plan, &scratch, &rule, &block, m0, r0, fa_min(kMicroRows, rows - r0));

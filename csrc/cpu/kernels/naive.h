@@ -161,7 +161,7 @@ static const real *naive_keep(const naive_plan *plan, const naive_block *block) 
     const fa_forward_args *args = plan->args;
     if (args->dropout_p == 0) return NULL;
     dropout_tile(block->scratch, plan->ld, args, block->b * args->heads_q + block->h, block->row0, block->rows, 0, plan->ld,
-                 (real)(1 / (1 - args->dropout_p)));
+                 kept_scale(args));
     return block->scratch;
 }
 

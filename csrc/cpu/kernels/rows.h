@@ -100,6 +100,10 @@ static void dropout_tile(real *keep, int64_t ld, const fa_forward_args *args, in
     }
 }
 
+// What dropout multiplies a kept entry by. The fused kernels apply it to sums, in float32: P itself stays exact where it is
+// 1, which a bfloat16 P / (1 - p) would not.
+static inline real kept_scale(const fa_forward_args *args) { return (real)(1 / (1 - args->dropout_p)); }
+
 // The head's sink logit; -inf, which adds nothing, where there are none.
 static inline real sink_of(const fa_forward_args *args, int64_t h) {
     return args->sinks.data ? (real)fa_load(args->sinks.data, args->sinks.dtype, h * args->sinks.stride_h) : -INFINITY;
