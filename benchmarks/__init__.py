@@ -8,6 +8,6 @@
     python -m benchmarks.plot_attention_sweep  pictures of a sweep
     python -m benchmarks.visualize_results     pictures of everything in a results folder, and one overview
 
-A result is checked against float64 before it is timed (checking), implementations are timed turn by turn (timing), memory is
-measured beside (memory), and every row of every CSV says what, where, when and how well (measure).
+A result is checked against float64 before it is timed (checking), implementations are timed turn by turn (timing),
+memory is measured beside (memory), and every row of every CSV says what, where, when and how well (measure).
 """

@@ -27,10 +27,20 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def add_measuring(p: argparse.ArgumentParser, budget: float, impls: str, *, memory_option: bool = True) -> None:
     """--impl, --budget and --no-memory."""
-    p.add_argument("--impl", nargs="+", choices=[*NAMES, *ALIASES, "all"], metavar="NAME",
-                   help=f"default: {impls}; all, or some of {', '.join(NAMES)} (also {_aliases()})")  # fmt: skip
-    p.add_argument("--budget", type=float, default=budget, metavar="SECONDS",
-                   help=f"about how long the whole run may take; what does not fit is a row that says so (default: {budget:g})")  # fmt: skip
+    p.add_argument(
+        "--impl",
+        nargs="+",
+        choices=[*NAMES, *ALIASES, "all"],
+        metavar="NAME",
+        help=f"default: {impls}; all, or some of {', '.join(NAMES)} (also {_aliases()})",
+    )
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=budget,
+        metavar="SECONDS",
+        help=f"about how long the whole run may take; what does not fit is a row that says so (default: {budget:g})",
+    )
     if memory_option:
         p.add_argument("--no-memory", action="store_true", help="do not measure memory")
 

@@ -18,10 +18,11 @@ from .tables import print_results
 
 _DESCRIPTION = """\
 Times attention. Without --sweep: one case, checked against float64, then timed.
-With --sweep: prefill (Tq = Tkv from 32 to 4096), decode (Tq = 1, Tkv from 128 to 4096) and head_dim (Tq = Tkv = 1024), every
-implementation turn by turn, into attention_sweep_results.csv and pictures. peak_mem_MB counts 2^20 bytes.
+With --sweep: prefill (Tq = Tkv from 32 to 4096), decode (Tq = 1, Tkv from 128 to 4096) and head_dim (Tq = Tkv =
+1024), every implementation turn by turn, into attention_sweep_results.csv and pictures. peak_mem_MB counts 2^20 bytes.
 
-  python -m benchmarks.attention --B 1 --H 32 --Tq 2048 --Tkv 2048 --D 64 --dtype float16 --device cuda --causal --impl fused
+  python -m benchmarks.attention --B 1 --H 32 --Tq 2048 --Tkv 2048 --D 64 --dtype float16 --device cuda \\
+      --causal --impl fused
   python -m benchmarks.attention --sweep --budget 120"""
 
 
@@ -61,8 +62,16 @@ def sweep(args: argparse.Namespace) -> list[Path]:
 
 
 def _problem(args: argparse.Namespace, seqlen_q: int, seqlen_k: int, head_dim: int) -> Problem:
-    case = Case(args.dtype, head_dim, batch=args.B, heads_q=args.H, heads_kv=args.Hkv, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
-                causal=args.causal)  # fmt: skip
+    case = Case(
+        args.dtype,
+        head_dim,
+        batch=args.B,
+        heads_q=args.H,
+        heads_kv=args.Hkv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        causal=args.causal,
+    )
     forward = "decode" if seqlen_q == 1 else "fwd"
     return Problem(case, "bwd" if args.backward else forward, args.device)
 

@@ -1,8 +1,9 @@
 """Peak memory for each length, and the largest batch that fits a given memory: unfused attention against ours.
 
-The search does not exhaust memory to find its end: it measures batch 1 and 2, then the batch that the line through the last two
-measurements puts just within the budget (at most eight times the largest that fitted), and so on until the next one would be
-beyond. What it answers was measured and fits. A batch takes its inputs (q, k, v and, for a backward, d_o) and the call's peak.
+The search does not exhaust memory to find its end: it measures batch 1 and 2, then the batch that the line through
+the last two measurements puts just within the budget (at most eight times the largest that fitted), and so on until
+the next one would be beyond. What it answers was measured and fits. A batch takes its inputs (q, k, v and, for a
+backward, d_o) and the call's peak.
 """
 
 from __future__ import annotations
@@ -35,12 +36,28 @@ _MAX_BATCH = 8192
 def main(arguments: Sequence[str] | None = None) -> None:
     p = parser("Measures peak memory for each length, and finds the largest batch that fits a memory budget.")
     add_measuring(p, 180, "naive fused torch_flash torch_unfused", memory_option=False)
-    p.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096], metavar="L",
-                   help="for the memory of one call (default: 128 … 4096)")  # fmt: skip
-    p.add_argument("--batch-lengths", type=int, nargs="*", default=[512, 1024, 2048], metavar="L",
-                   help="for the largest batch (default: 512 1024 2048)")  # fmt: skip
-    p.add_argument("--memory-budget", type=float, metavar="GIB",
-                   help="that a batch must fit (default: 0.5 on a CPU, 16 on CUDA; at most half of what is available)")  # fmt: skip
+    p.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[128, 256, 512, 1024, 2048, 4096],
+        metavar="L",
+        help="for the memory of one call (default: 128 … 4096)",
+    )
+    p.add_argument(
+        "--batch-lengths",
+        type=int,
+        nargs="*",
+        default=[512, 1024, 2048],
+        metavar="L",
+        help="for the largest batch (default: 512 1024 2048)",
+    )
+    p.add_argument(
+        "--memory-budget",
+        type=float,
+        metavar="GIB",
+        help="that a batch must fit (default: 0.5 on a CPU, 16 on CUDA; at most half of what is available)",
+    )
     p.add_argument("--heads", type=int, default=8, help="default: 8")
     p.add_argument("--head-dim", type=int, default=64, help="default: 64")
     args = parse(p, arguments)
@@ -61,14 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say_written([*written, *plot(frame, args.output), *plot_batches(batches, args.output)])
 
 
-def largest_batches(problems: Sequence[Problem], impls: Sequence[str], budget: float, seconds: float) -> pandas.DataFrame:
+def largest_batches(
+    problems: Sequence[Problem], impls: Sequence[str], budget: float, seconds: float
+) -> pandas.DataFrame:
     """A row for each problem and implementation: the largest batch within `budget` bytes, and the bytes it takes."""
     rows: list[dict[str, Any]] = []
     deadline = time.monotonic() + seconds
     work = [(problem, impl) for problem in problems for impl in impls]
     for problem, impl in (progress := tqdm(work, unit="search", dynamic_ncols=True)):
         progress.set_description(f"largest batch, {problem.direction} {problem.case.id} {impl}")
-        row = problem.columns() | {"impl": impl, "largest_batch": math.nan, "total_bytes": math.nan, "budget_bytes": budget}
+        row = problem.columns() | {
+            "impl": impl,
+            "largest_batch": math.nan,
+            "total_bytes": math.nan,
+            "budget_bytes": budget,
+        }
         row |= machine.provenance(problem.device) | {"status": "ok"}
         with failures_in(row):
             if time.monotonic() > deadline:

@@ -22,8 +22,14 @@ _PASSES = ("fwd", "bwd")
 def main(arguments: Sequence[str] | None = None) -> None:
     p = parser("Measures forward and backward for each length and draws time and speed against length.")
     add_measuring(p, 150, "naive fused torch_flash torch_unfused")
-    p.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096], metavar="L",
-                   help="default: 128 … 4096")  # fmt: skip
+    p.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[128, 256, 512, 1024, 2048, 4096],
+        metavar="L",
+        help="default: 128 … 4096",
+    )
     p.add_argument("--batch", type=int, help="default: 1 on a CPU, 4 on CUDA")
     p.add_argument("--heads", type=int, default=8, help="default: 8")
     p.add_argument("--head-dim", type=int, default=64, help="default: 64")

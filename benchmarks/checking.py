@@ -1,9 +1,9 @@
 """A result is checked before it is timed: its error against the float64 oracle, and how much error is allowed.
 
-Allowed is what the tests allow a maximum: 2 x the error of PyTorch's unfused attention in the inputs' dtype + 1e-5 x the
-largest value. The oracle stores the score matrix in float64, so a long problem is checked on a part: the last batch entry, its
-last heads and last query rows, with every key, as many as make MAX_SCORES scores. The gradients of such a part are had from the
-whole kernel by a d_o that is zero elsewhere.
+Allowed is what the tests allow a maximum: 2 x the error of PyTorch's unfused attention in the inputs' dtype + 1e-5 x
+the largest value. The oracle stores the score matrix in float64, so a long problem is checked on a part: the last
+batch entry, its last heads and last query rows, with every key, as many as make MAX_SCORES scores. The gradients of
+such a part are had from the whole kernel by a d_o that is zero elsewhere.
 """
 
 from __future__ import annotations
@@ -48,20 +48,29 @@ class Oracle:
         group = case.heads_q // problem.heads_kv
         kept = options(inputs)
         budget = MAX_SCORES[torch.device(problem.device).type]
-        if case.batch * case.heads_q * case.seqlen_q * case.seqlen_k <= budget or any(name in kept for name in _PER_HEAD):
+        if case.batch * case.heads_q * case.seqlen_q * case.seqlen_k <= budget or any(
+            name in kept for name in _PER_HEAD
+        ):
             batch, heads_kv, rows = case.batch, problem.heads_kv, case.seqlen_q
         else:
             batch = 1
             heads_kv = min(problem.heads_kv, max(1, budget // (group * case.seqlen_q * case.seqlen_k)))
             rows = min(case.seqlen_q, max(1, budget // (heads_kv * group * case.seqlen_k)))
-        of_q = (slice(case.batch - batch, None), slice((problem.heads_kv - heads_kv) * group, None), slice(case.seqlen_q - rows, None))
+        of_q = (
+            slice(case.batch - batch, None),
+            slice((problem.heads_kv - heads_kv) * group, None),
+            slice(case.seqlen_q - rows, None),
+        )
         of_kv = (of_q[0], slice(problem.heads_kv - heads_kv, None))
         self._parts = (of_q, of_kv, of_kv) if problem.needs_grad else (of_q,)
         self._d_o = torch.zeros_like(inputs.d_o)
         self._d_o[of_q] = inputs.d_o[of_q]
 
         q, k, v = inputs.args
-        part = [x.detach()[at].requires_grad_(problem.needs_grad) for x, at in zip((q, k, v), (of_q, of_kv, of_kv))]
+        part = [
+            x.detach()[at].requires_grad_(problem.needs_grad)
+            for x, at in zip((q, k, v), (of_q, of_kv, of_kv), strict=True)
+        ]
         expected = self._results(part, reference_attention(*part, **kept)[0], inputs.d_o[of_q])
         standard = self._results(part, standard_attention(*part, **kept), inputs.d_o[of_q])
         self._expected = expected
@@ -84,7 +93,10 @@ class Oracle:
             _largest(result[at].double() - expected)
             for result, at, expected in zip(results, self._parts, self._expected, strict=True)
         ]
-        ratios = [error / allowed if allowed else float(error > 0) for error, allowed in zip(errors, self._allowed)]
+        ratios = [
+            error / allowed if allowed else float(error > 0)
+            for error, allowed in zip(errors, self._allowed, strict=True)
+        ]
         return Verdict(_worst(errors), _worst(ratios))
 
 

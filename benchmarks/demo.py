@@ -21,8 +21,10 @@ _IMPLS = ["naive", "fused", "torch_flash", "torch_unfused"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    p = parser("Measures causal attention over a sweep of lengths: naive and fused beside PyTorch's SDPA (torch_flash) and its\n"
-               "unfused attention; forward, and forward with backward at two lengths. Writes a table and pictures.")  # fmt: skip
+    p = parser(
+        "Measures causal attention over a sweep of lengths: naive and fused beside PyTorch's SDPA (torch_flash) and\n"
+        "its unfused attention; forward, and forward with backward at two lengths. Writes a table and pictures."
+    )
     add_measuring(p, 60, " ".join(_IMPLS))
     p.add_argument("--lengths", type=int, nargs="+", metavar="L", help="default: 256 … 4096 (… 8192 on CUDA)")
     args = parse(p, arguments)

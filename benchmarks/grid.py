@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_measuring(p, 0, "our fast kernels and every peer of the device")
     p.set_defaults(budget=None)
     p.add_argument("--full", action="store_true", help="the whole grid (a CPU needs an hour or two)")
-    p.add_argument("--passes", nargs="+", choices=["fwd", "bwd", "decode"], default=["fwd", "bwd", "decode"], help="default: all")
+    p.add_argument(
+        "--passes", nargs="+", choices=["fwd", "bwd", "decode"], default=["fwd", "bwd", "decode"], help="default: all"
+    )
     args = parse(p, arguments)
     announce(args, "Grid")
 
@@ -95,14 +97,29 @@ def _cuda_cells() -> Iterator[tuple[str, Case]]:
 
 
 def _case(
-    dtype: str, batch: int, heads_q: int, heads_kv: int, length: int, head_dim: int, causal: bool, seqlen_q: int | None = None
+    dtype: str,
+    batch: int,
+    heads_q: int,
+    heads_kv: int,
+    length: int,
+    head_dim: int,
+    causal: bool,
+    seqlen_q: int | None = None,
 ) -> Case:
-    return Case(dtype, head_dim, batch=batch, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=seqlen_q or length, seqlen_k=length,
-                causal=causal)  # fmt: skip
+    return Case(
+        dtype,
+        head_dim,
+        batch=batch,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        seqlen_q=seqlen_q or length,
+        seqlen_k=length,
+        causal=causal,
+    )
 
 
 def ratios_to_best_peer(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """For each problem that both sides were timed on: our fastest kernel, the fastest peer, and peer time / our time."""
+    """For each problem that both sides were timed on: our fastest kernel, the fastest peer, peer time / our time."""
     timed = frame.dropna(subset=["ms"])
     is_ours = timed["impl"].isin(OURS)
 
@@ -123,13 +140,20 @@ def print_ratios(ratios: pandas.DataFrame) -> None:
     shared, problems = shape_texts(ratios)
     table = Table(title=f"Time of the best peer / our time: {shared}", title_justify="left")
     for column in ("problem", "ours", "ms", "best peer", "ms", "ratio"):
-        table.add_column(column, justify="left" if column in ("problem", "ours", "best peer") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("problem", "ours", "best peer") else "right", no_wrap=True
+        )
     for problem, row in zip(problems, ratios.itertuples(), strict=True):
         style = "green" if row.ratio >= 1 else "yellow"
-        table.add_row(problem, row.ours, f"{row.ours_ms:.3g}", row.peer, f"{row.peer_ms:.3g}", f"[{style}]{row.ratio:.2f}[/]")
+        table.add_row(
+            problem, row.ours, f"{row.ours_ms:.3g}", row.peer, f"{row.peer_ms:.3g}", f"[{style}]{row.ratio:.2f}[/]"
+        )
     CONSOLE.print(table)
     for direction, of_pass in ratios.groupby("pass", sort=False)["ratio"]:
-        CONSOLE.print(f"{direction}: geometric mean {geometric_mean(of_pass):.2f}, smallest {of_pass.min():.2f}, {len(of_pass)} problems")
+        CONSOLE.print(
+            f"{direction}: geometric mean {geometric_mean(of_pass):.2f}, smallest {of_pass.min():.2f}, "
+            f"{len(of_pass)} problems"
+        )
     CONSOLE.print(f"all: geometric mean [bold]{geometric_mean(ratios['ratio']):.2f}[/]")
 
 

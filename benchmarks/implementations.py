@@ -41,7 +41,9 @@ def _ours(impl: str) -> Implementation:
             raise RuntimeError(reason)
 
     stores_scores = impl in ("reference", "naive", "split")
-    return Implementation(impl, functools.partial(flash_attention, impl=impl), stores_scores=stores_scores, is_ours=True)
+    return Implementation(
+        impl, functools.partial(flash_attention, impl=impl), stores_scores=stores_scores, is_ours=True
+    )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> Tensor:
@@ -59,6 +61,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: A
 
 
 def _sdpa_through_float32(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    if q.dtype == torch.float32:
+        raise NotImplementedError("float32 inputs are what torch_flash is for")
     return _sdpa(q.float(), k.float(), v.float(), **options).to(q.dtype)
 
 
@@ -76,7 +80,9 @@ def _megatron(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
     return torch.bmm(torch.softmax(scores, dim=-1), v).unflatten(0, (batch, heads))
 
 
-def _torch(backend: SDPBackend, attention: Callable[..., Tensor] = _sdpa, **kwargs: Any) -> Callable[[str], Implementation]:
+def _torch(
+    backend: SDPBackend, attention: Callable[..., Tensor] = _sdpa, **kwargs: Any
+) -> Callable[[str], Implementation]:
     # One backend alone: what it cannot do raises instead of falling back.
     return lambda name: Implementation(name, attention, functools.partial(sdpa_kernel, backend), **kwargs)
 
@@ -118,7 +124,7 @@ def defaults(device: str) -> list[str]:
 
 
 def best_device() -> str:
-    """"cuda" if our kernels run there, else "cpu"."""
+    """ "cuda" if our kernels run there, else "cpu"."""
     if torch.cuda.is_available():
         q = torch.zeros(1, 1, 1, 64, device="cuda")
         with contextlib.suppress(ValueError, RuntimeError):

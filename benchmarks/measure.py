@@ -1,4 +1,4 @@
-"""Problems times implementations -> one table, a row each: checked, timed, memory measured, or a status that says why not."""
+"""Problems times implementations -> one table: checked, timed, memory measured, or a status that says why not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ COLUMNS = [
 SHAPE = COLUMNS[:9]
 
 _TIMED_SHARE = 0.6  # of the budget; the rest is for checks and memory
-_SCORE_COPIES = {"fwd": 3, "decode": 3, "bwd": 6, "fwd+bwd": 6}  # score matrices that unfused attention holds at its peak
+_SCORE_COPIES = {
+    "fwd": 3,
+    "decode": 3,
+    "bwd": 6,
+    "fwd+bwd": 6,
+}  # score matrices that unfused attention holds at its peak
 
 
 class Skipped(Exception):
@@ -38,7 +43,12 @@ class Skipped(Exception):
 
 
 def measure_all(
-    problems: Sequence[Problem], impls: Sequence[str], *, budget: float, with_memory: bool = True, with_time: bool = True
+    problems: Sequence[Problem],
+    impls: Sequence[str],
+    *,
+    budget: float,
+    with_memory: bool = True,
+    with_time: bool = True,
 ) -> pandas.DataFrame:
     """Every implementation on every problem, a row each in COLUMNS, within about `budget` seconds.
 

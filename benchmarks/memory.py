@@ -1,12 +1,13 @@
-"""Peak memory of one call beyond its inputs, its results included (of a backward: also beyond what the forward kept for it).
+"""Peak memory of one call beyond its inputs, its results included. Of a backward, what its forward kept is an input.
 
 CUDA: the peak of torch's allocator, which every implementation here allocates from.
 
-CPU: the peak of the process's resident memory (VmHWM, reset through /proc/self/clear_refs) above what was resident before the
-call. It counts what is really touched, whoever allocates it: torch, MKL or us. It is measured in a process of its own, whose
-MKL gives its buffers back after each call, after the C heap was trimmed, so that no call hides in what an earlier one left.
-What is read first by a call (code pages, thread stacks) is kept out by a small call before it and by the smallest of up to
-three readings. Resolution: about 0.2 MB. Where the system has no /proc/self/clear_refs the answer is NaN.
+CPU: the peak of the process's resident memory (VmHWM, reset through /proc/self/clear_refs) above what was resident
+before the call. It counts what is really touched, whoever allocates it: torch, MKL or us. It is measured in a process
+of its own, whose MKL gives its buffers back after each call, after the C heap was trimmed, so that no call hides in
+what an earlier one left. What is read first by a call (code pages, thread stacks) is kept out by a small call before
+it and by the smallest of up to three readings. Resolution: about 0.2 MB. Where the system has no
+/proc/self/clear_refs the answer is NaN.
 """
 
 from __future__ import annotations

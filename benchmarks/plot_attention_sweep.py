@@ -43,7 +43,9 @@ _PREFILL_PANELS: dict[str, Panel] = {
 
 
 def _plot_prefill(prefill: pandas.DataFrame, folder: Path, name: str) -> Path:
-    fig, (axes,) = plots.figure(1, 1, title=plots.what(prefill, f"Prefill, {plots.PASS_TITLES[prefill['pass'].iloc[0]]}"), panel=(6.6, 4.2))
+    fig, (axes,) = plots.figure(
+        1, 1, title=plots.what(prefill, f"Prefill, {plots.PASS_TITLES[prefill['pass'].iloc[0]]}"), panel=(6.6, 4.2)
+    )
     _PREFILL_PANELS[name](axes, prefill)
     return plots.save(fig, folder / f"sweep_{name}.png")
 
@@ -56,7 +58,9 @@ def _plot_decode(decode: pandas.DataFrame, folder: Path) -> Path:
 
 
 def _plot_head_dim(head_dim: pandas.DataFrame, folder: Path) -> Path:
-    fig, (left, right) = plots.figure(1, 2, title=plots.what(head_dim, f"Head dimensions at length {head_dim.seqlen_q.iloc[0]}"))
+    fig, (left, right) = plots.figure(
+        1, 2, title=plots.what(head_dim, f"Head dimensions at length {head_dim.seqlen_q.iloc[0]}")
+    )
     plots.time(left, head_dim, "head_dim", "head_dim")
     plots.speed(right, head_dim, "head_dim", "head_dim")
     return plots.save(fig, folder / "sweep_head_dim.png")

@@ -48,7 +48,9 @@ _STYLE = {
 }
 
 
-def figure(rows: int, columns: int, *, title: str, panel: tuple[float, float] = (5.2, 3.6)) -> tuple[Figure, list[Axes]]:
+def figure(
+    rows: int, columns: int, *, title: str, panel: tuple[float, float] = (5.2, 3.6)
+) -> tuple[Figure, list[Axes]]:
     """A grid of panels, one legend for all of them below (drawn by save)."""
     matplotlib.rcParams.update(_STYLE)
     fig = Figure(figsize=(panel[0] * columns, panel[1] * rows + 0.9), layout="constrained")
@@ -56,14 +58,24 @@ def figure(rows: int, columns: int, *, title: str, panel: tuple[float, float] = 
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
 
 
-def lines(axes: Axes, frame: pandas.DataFrame, x: str, y: str, *, log_y: bool = False, ylabel: str, xlabel: str) -> None:
+def lines(
+    axes: Axes, frame: pandas.DataFrame, x: str, y: str, *, log_y: bool = False, ylabel: str, xlabel: str
+) -> None:
     """One line for each implementation, over the values of x; for times also the band from smallest to largest."""
     drawn = frame.dropna(subset=[y])
     for impl, rows in drawn.groupby("impl", sort=False):
         rows = rows.sort_values(x)
         colour, marker, style = _STYLES[impl]
-        axes.plot(rows[x], rows[y], label=impl, color=colour, marker=marker, linestyle=style,
-                  linewidth=2.2 if impl in OURS else 1.4, markersize=5)  # fmt: skip
+        axes.plot(
+            rows[x],
+            rows[y],
+            label=impl,
+            color=colour,
+            marker=marker,
+            linestyle=style,
+            linewidth=2.2 if impl in OURS else 1.4,
+            markersize=5,
+        )
         if y == "ms":
             axes.fill_between(rows[x], rows["ms_min"], rows["ms_max"], color=colour, alpha=0.1, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -98,7 +110,15 @@ def time(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str, *, log_y: boo
 
 def memory(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
     in_mib = frame.assign(mib=frame["peak_bytes"] / 2**20)
-    lines(axes, in_mib[in_mib["mib"] > 0], x, "mib", log_y=True, ylabel="peak memory beyond the inputs, MiB", xlabel=xlabel)
+    lines(
+        axes,
+        in_mib[in_mib["mib"] > 0],
+        x,
+        "mib",
+        log_y=True,
+        ylabel="peak memory beyond the inputs, MiB",
+        xlabel=xlabel,
+    )
 
 
 def speed(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
@@ -112,9 +132,13 @@ def bandwidth(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
 
 def save(fig: Figure, path: Path) -> Path:
     """With one legend under the panels, so that it covers no data."""
-    handles = {label: handle for axes in fig.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    handles = {
+        label: handle for axes in fig.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     if handles:
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
+        fig.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(7, len(handles)), frameon=False
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     return path
@@ -137,15 +161,23 @@ def what(frame: pandas.DataFrame, name: str) -> str:
 def plot_ratios(ratios: pandas.DataFrame, path: Path) -> Path:
     """A marker for each problem of the grid: peer time / our time, a panel for each pass."""
     passes = list(ratios.groupby("pass", sort=False))
-    fig, panels = figure(1, len(passes), title=f"Grid: time of the best peer / our time\n{where(ratios)}", panel=(4.6, 4.0))
-    kinds = list(dict.fromkeys(zip(ratios["dtype"], ratios["head_dim"])))
-    colours = dict(zip(kinds, _KIND_COLOURS * len(kinds)))
+    fig, panels = figure(
+        1, len(passes), title=f"Grid: time of the best peer / our time\n{where(ratios)}", panel=(4.6, 4.0)
+    )
+    kinds = list(dict.fromkeys(zip(ratios["dtype"], ratios["head_dim"], strict=True)))
+    colours = dict(zip(kinds, _KIND_COLOURS * len(kinds), strict=False))
     for axes, (direction, rows) in zip(panels, passes, strict=True):
         for (dtype, head_dim, causal), kind in rows.groupby(["dtype", "head_dim", "causal"], sort=False):
             colour = colours[dtype, head_dim]
-            axes.plot(kind["seqlen_k"], kind["ratio"], label=f"{dtype} D{head_dim} {'causal' if causal else 'full'}",
-                      color=colour, markerfacecolor=colour if causal else "none", marker="o" if causal else "s",
-                      linestyle="none")  # fmt: skip
+            axes.plot(
+                kind["seqlen_k"],
+                kind["ratio"],
+                label=f"{dtype} D{head_dim} {'causal' if causal else 'full'}",
+                color=colour,
+                markerfacecolor=colour if causal else "none",
+                marker="o" if causal else "s",
+                linestyle="none",
+            )
         axes.axhline(1, color="black", linewidth=1)
         axes.set(title=PASS_TITLES[direction], xlabel="length (keys)", ylabel="ratio (above 1: ours is faster)")
         axes.set_ylim(bottom=0)

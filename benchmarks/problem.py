@@ -1,4 +1,4 @@
-"""What is asked of an implementation: a case of the test table's kind, a pass and a device; and what that costs on paper."""
+"""What is asked of an implementation: a case of the test table's kind, a pass, a device; and what it costs on paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from tests.cases import DTYPES, Case, Inputs
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}  # "float32" -> "f32"
 
 _PLAIN = Case()
-_SIZES = ("dtype", "head_dim", "head_dim_v", "batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "causal", "window", "softmax_scale", "softcap", "seed")  # fmt: skip
+_SIZES = (
+    "dtype",
+    "head_dim",
+    "head_dim_v",
+    "batch",
+    "heads_q",
+    "heads_kv",
+    "seqlen_q",
+    "seqlen_k",
+    "causal",
+    "window",
+    "softmax_scale",
+    "softcap",
+    "seed",
+)
 
 # The backward recomputes the scores: five products where the forward has two.
 PASS_COST = {"fwd": 1.0, "decode": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
@@ -77,8 +91,8 @@ class Problem:
         return case.batch * case.heads_q * case.seqlen_q * per_query * self.dtype.itemsize + self.kv_bytes
 
     def inputs(self) -> Inputs:
-        """The case's inputs. Plain ones, which may be long, are drawn on the device and in the dtype; equal problems have
-        equal inputs."""
+        """The case's inputs. Plain ones, which may be long, are drawn on the device and in the dtype; equal
+        problems have equal inputs."""
         case = self.case
         if case != dataclasses.replace(_PLAIN, **{name: getattr(case, name) for name in _SIZES}):
             return case.inputs(self.device)

@@ -11,7 +11,7 @@ from rich.table import Table
 from .implementations import OURS
 from .measure import SHAPE
 
-_WIDTH_OF_FILES = 120
+_WIDTH_OF_FILES = 160
 CONSOLE = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
 
 
@@ -32,15 +32,17 @@ def shape_texts(frame: pandas.DataFrame) -> tuple[str, pandas.Series]:
     """The problems in words: what all rows share, and for each row the rest."""
     heads, heads_kv = frame["heads_q"].astype(str), frame["heads_kv"].astype(str)
     lengths, lengths_k = frame["seqlen_q"].astype(str), frame["seqlen_k"].astype(str)
-    parts = pandas.DataFrame({
-        "pass": frame["pass"],
-        "dtype": frame["dtype"],
-        "batch": "B" + frame["batch"].astype(str) if "batch" in frame else "",
-        "heads": "H" + heads.where(heads == heads_kv, heads + ":" + heads_kv),
-        "length": "L" + lengths.where(lengths == lengths_k, lengths + "x" + lengths_k),
-        "head_dim": "D" + frame["head_dim"].astype(str),
-        "mask": frame["causal"].map({True: "causal", False: "full"}),
-    })  # fmt: skip
+    parts = pandas.DataFrame(
+        {
+            "pass": frame["pass"],
+            "dtype": frame["dtype"],
+            "batch": "B" + frame["batch"].astype(str) if "batch" in frame else "",
+            "heads": "H" + heads.where(heads == heads_kv, heads + ":" + heads_kv),
+            "length": "L" + lengths.where(lengths == lengths_k, lengths + "x" + lengths_k),
+            "head_dim": "D" + frame["head_dim"].astype(str),
+            "mask": frame["causal"].map({True: "causal", False: "full"}),
+        }
+    )
     shared = [name for name in parts if name != "length" and parts[name].nunique() == 1]
     return " ".join(filter(None, parts[shared].iloc[0])), parts.drop(columns=shared).agg(" ".join, axis=1)
 
@@ -60,11 +62,18 @@ def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> N
     }
     columns = ["impl", *(column for column, values in used.items() if values.notna().any())]
     shared, problems = shape_texts(frame)
-    table = Table(title=f"{title}: {shared}", title_justify="left", caption="extra MiB: peak memory beyond the inputs, results included; "
-                  "error: largest difference from float64", caption_justify="left")  # fmt: skip
+    table = Table(
+        title=f"{title}: {shared}",
+        title_justify="left",
+        caption="extra MiB: peak memory beyond the inputs, results included; error: largest difference from float64",
+        caption_justify="left",
+    )
     table.add_column("problem", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("impl", "status") else "right", no_wrap=column != "status")
+        if column == "status":
+            table.add_column(column, min_width=24)  # the one that gives way
+        else:
+            table.add_column(column, justify="left" if column == "impl" else "right", no_wrap=True)
     frame = frame.assign(problem=problems, speed=speed, speedup=speedup)
     for _, rows in frame.groupby(SHAPE, sort=False):
         for n, (_, row) in enumerate(rows.iterrows()):
@@ -76,7 +85,7 @@ def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> N
                 f"vs {base}": f"{row.speedup:.2f}x" if row.speedup == row.speedup else "",
                 "extra MiB": _number(row.peak_bytes / 2**20),
                 "error": f"{row.max_error:.1e}" if row.max_error == row.max_error else "",
-                "status": row.status if row.status == "ok" else f"[yellow]{row.status}[/]",
+                "status": "" if row.status == "ok" else f"[yellow]{row.status}[/]",
             }
             table.add_row(row.problem if n == 0 else "", *(cells[c] for c in columns), end_section=n == len(rows) - 1)
     CONSOLE.print(table)
@@ -89,14 +98,23 @@ def print_batches(batches: pandas.DataFrame, base: str = "torch_unfused") -> Non
     shared, problems = shape_texts(batches)
     table = Table(title=f"Largest batch that fits: {shared}", title_justify="left")
     for column in ("problem", "impl", "batch", f"of {base}", "uses MiB", "budget MiB", "status"):
-        table.add_column(column, justify="left" if column in ("problem", "impl", "status") else "right", no_wrap=column != "status")
+        table.add_column(
+            column, justify="left" if column in ("problem", "impl", "status") else "right", no_wrap=column != "status"
+        )
     for _, rows in batches.assign(problem=problems).groupby([c for c in SHAPE if c in batches], sort=False):
         of_base = rows.loc[rows["impl"] == base, "largest_batch"].max()
         for n, (_, row) in enumerate(rows.iterrows()):
             ratio = f"{row.largest_batch / of_base:.1f}x" if of_base > 0 and row.largest_batch >= 0 else ""
             sizes = (_number(row.total_bytes / 2**20), _number(row.budget_bytes / 2**20))
-            table.add_row(row.problem if n == 0 else "", row.impl, _number(row.largest_batch), ratio,
-                          *sizes, row.status, end_section=n == len(rows) - 1)  # fmt: skip
+            table.add_row(
+                row.problem if n == 0 else "",
+                row.impl,
+                _number(row.largest_batch),
+                ratio,
+                *sizes,
+                row.status,
+                end_section=n == len(rows) - 1,
+            )
     CONSOLE.print(table)
 
 

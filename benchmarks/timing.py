@@ -1,8 +1,9 @@
 """Time of calls, taken turn by turn (A B A B …), so that what disturbs the machine disturbs all of them alike.
 
-On the CPU a sample is one call by the wall clock. On CUDA it is one call between two events after a flush of the L2 cache; a
-call shorter than GRAPH_BELOW_MS is captured GRAPH_CALLS times in a CUDA graph, whose replay is one sample, so that nobody's
-launch cost counts (the cache is then flushed once a replay). Reported are the median, the smallest and the largest sample.
+On the CPU a sample is one call by the wall clock. On CUDA it is one call between two events after a flush of the L2
+cache; a call shorter than GRAPH_BELOW_MS is captured GRAPH_CALLS times in a CUDA graph, whose replay is one sample,
+so that nobody's launch cost counts (the cache is then flushed once a replay). Reported are the median, the smallest
+and the largest sample.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def use_device(device: str) -> None:
 
 
 def time_calls(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing | Exception]:
-    """Each call is sampled for `seconds` or until GOOD_SAMPLES are in, at least MIN_SAMPLES times. All have run once before.
+    """Each call, which has run once before, is sampled for `seconds` or until GOOD_SAMPLES are in, but MIN_SAMPLES times.
 
     A call that raises (out of memory beside the others, say) has its exception in place of its time.
     """

@@ -9,8 +9,16 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import attention, benchmark_memory, benchmark_speed, demo, grid, implementations, plot_attention_sweep
-from benchmarks import visualize_results
+from benchmarks import (
+    attention,
+    benchmark_memory,
+    benchmark_speed,
+    demo,
+    grid,
+    implementations,
+    plot_attention_sweep,
+    visualize_results,
+)
 from benchmarks.call import Call
 from benchmarks.checking import Oracle
 from benchmarks.implementations import Implementation
@@ -36,8 +44,20 @@ def _assert_pictures(folder: Path, *names: str) -> None:
 
 
 def test_sweep_writes_its_columns_and_pictures(tmp_path: Path) -> None:
-    _tiny_run(attention.main, tmp_path, "--sweep", "--max-length", "128", "--H", "2", "--no-memory", "--impl", "online",
-              "ext", "torch_unfused")  # fmt: skip
+    _tiny_run(
+        attention.main,
+        tmp_path,
+        "--sweep",
+        "--max-length",
+        "128",
+        "--H",
+        "2",
+        "--no-memory",
+        "--impl",
+        "online",
+        "ext",
+        "torch_unfused",
+    )
     frame = pandas.read_csv(tmp_path / SWEEP_CSV)
     assert list(frame.columns[: len(SWEEP_COLUMNS)]) == SWEEP_COLUMNS
     assert set(COLUMNS) <= {*frame.columns, "batch", "heads_q", "seqlen_q", "seqlen_k", "head_dim", "ms"}
@@ -56,8 +76,21 @@ def test_sweep_writes_its_columns_and_pictures(tmp_path: Path) -> None:
 def test_every_benchmark_writes_its_results_and_one_overview(tmp_path: Path) -> None:
     _tiny_run(demo.main, tmp_path, "--lengths", "32", "64", "--no-memory")
     _tiny_run(benchmark_speed.main, tmp_path, "--lengths", "32", "64", "--heads", "2", "--no-memory")
-    _tiny_run(benchmark_memory.main, tmp_path, "--lengths", "64", "--batch-lengths", "64", "--impl", "fused", "torch_unfused",
-              "--memory-budget", "0.01", "--budget", "20")  # fmt: skip
+    _tiny_run(
+        benchmark_memory.main,
+        tmp_path,
+        "--lengths",
+        "64",
+        "--batch-lengths",
+        "64",
+        "--impl",
+        "fused",
+        "torch_unfused",
+        "--memory-budget",
+        "0.01",
+        "--budget",
+        "20",
+    )
     visualize_results.main([str(tmp_path)])
     _assert_pictures(tmp_path, "demo.png", "speed.png", "memory.png", "memory_batch.png", "overview.png")
     assert list(pandas.read_csv(tmp_path / "demo.csv").columns) == COLUMNS
@@ -123,8 +156,16 @@ def test_costs_count_what_the_masks_leave() -> None:
 
 
 def test_ratios_take_the_best_of_each_side() -> None:
-    rows = [{**Problem(SMALL).columns(), "impl": impl, "ms": ms} for impl, ms in
-            (("naive", 9.0), ("fused", 2.0), ("torch_flash", 4.0), ("torch_math", 8.0), ("torch_cudnn", math.nan))]  # fmt: skip
+    rows = [
+        {**Problem(SMALL).columns(), "impl": impl, "ms": ms}
+        for impl, ms in (
+            ("naive", 9.0),
+            ("fused", 2.0),
+            ("torch_flash", 4.0),
+            ("torch_math", 8.0),
+            ("torch_cudnn", math.nan),
+        )
+    ]
     ratios = grid.ratios_to_best_peer(pandas.DataFrame(rows, columns=COLUMNS))
     assert ratios["ratio"].tolist() == [2.0] and ratios["peer"].tolist() == ["torch_flash"]
     assert grid.geometric_mean(pandas.Series([2.0, 8.0])) == pytest.approx(4)
