@@ -45,7 +45,7 @@ def use_device(device: str) -> None:
 
 
 def time_calls(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing | Exception]:
-    """Each call, which has run once before, is sampled for `seconds` or until GOOD_SAMPLES are in, but MIN_SAMPLES times.
+    """Each call (run before, once) is sampled for `seconds` or until GOOD_SAMPLES are in, at least MIN_SAMPLES.
 
     A call that raises (out of memory beside the others, say) has its exception in place of its time.
     """

@@ -13,6 +13,7 @@ from benchmarks import (
     attention,
     benchmark_memory,
     benchmark_speed,
+    checking,
     demo,
     grid,
     implementations,
@@ -126,7 +127,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd", "fwd+bwd"])
 def test_a_long_problem_is_checked_in_part(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("benchmarks.checking").checking.MAX_SCORES, "cpu", 500)
+    monkeypatch.setitem(checking.MAX_SCORES, "cpu", 500)
     problem = Problem(SMALL, direction)
     inputs = problem.inputs()
     call = Call(implementations.find("torch_unfused"), problem, inputs)
