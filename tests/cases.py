@@ -38,7 +38,7 @@ class Case:
     lengths_q: tuple[int, ...] | None = None  # per sequence: right-padded, or packed
     lengths_k: tuple[int, ...] | None = None
     packed: bool = False
-    layout: str = "bhld"  # memory: see _tensor
+    layout: str = "bhld"  # memory, see _tensor; "mixed": each tensor its own
     values: str = "normal"  # large, constant, ascending: see _qkv
     seed: int = 0
 
@@ -73,6 +73,7 @@ class Inputs:
         self.case = case
         self._random = torch.Generator().manual_seed(case.seed)
         self._device, self._dtype = device, DTYPES[case.dtype]
+        self._layouts = itertools.cycle(("gaps", "blhd", "bhld", "lbhd"))
         extras_dtype = DTYPES[case.extras_dtype or case.dtype]
         exact = torch.promote_types(self._dtype, torch.float32)  # of lse and slopes
         batch = len(case.lengths_q) if case.packed else case.batch
@@ -85,7 +86,10 @@ class Inputs:
             if case.bias_values == "holes":
                 bias[self._normal(*bias.shape) > 0.5] = -torch.inf
                 bias.flatten(0, -2)[::3] = -torch.inf
-            leaves["bias"] = bias.to(device, extras_dtype)
+            bias = bias.to(device, extras_dtype)
+            if case.layout != "bhld" and bias.dim() >= 2:  # keys apart in memory, queries side by side
+                bias = bias.mT.contiguous().mT
+            leaves["bias"] = bias
         if case.alibi is not None:
             leaves["alibi_slopes"] = (
                 self._normal(*(sizes[axis] for axis in case.alibi)).abs().mul(0.2).to(device, exact)
@@ -134,9 +138,12 @@ class Inputs:
     def _tensor(self, *shape: int, values: Tensor | None = None) -> Tensor:
         """Values (normal unless given) in the case's layout, the last axis contiguous in each."""
         x = (self._normal(*shape) if values is None else values).to(self._device, self._dtype)
-        match self.case.layout:
+        layout = next(self._layouts) if self.case.layout == "mixed" else self.case.layout
+        match layout:
             case "blhd":  # the transposed view of (B, L, H, D); of (H, T, D) for packed sequences
                 return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+            case "lbhd" if not self.case.packed:  # batch between length and heads
+                return x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
             case "gaps":  # rows cut out of longer ones, at an address that no vector is aligned to
                 wide = x.new_full((*shape[:-1], shape[-1] + 3), torch.nan)
                 wide[..., 1:-2] = x
@@ -160,10 +167,11 @@ class Inputs:
             if case.values == "large" and name != "v":  # logits to +-1e4
                 x *= (1e4 / 4) ** 0.5
             if case.values == "constant" and name != "v":  # every key of a head scores the same
-                x = x.narrow(axis, 0, min(1, x.shape[axis])).expand(shape)
+                x = x.narrow(axis, 0, min(1, x.shape[axis])).expand(shape).contiguous()
             if case.values == "ascending" and name != "v":  # every key beats the ones before: the running maximum moves
-                ramp = torch.linspace(0.1, 40, x.shape[axis], dtype=torch.float64).view(-1, *[1] * (x.dim() - axis - 1))
-                x = x * 0.05 + (1 if name == "q" else ramp * case.head_dim**-0.5)
+                ramp = torch.linspace(0.1, 40, x.shape[axis], dtype=torch.float64) * case.head_dim**0.5
+                x *= 0.05
+                x[..., -1] = 1 if name == "q" else ramp.view(-1, *[1] * (x.dim() - axis - 2))
             tensors[name] = self._tensor(*shape, values=x)
             if not case.packed:
                 self._spoil_padding(tensors[name], each)

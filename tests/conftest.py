@@ -4,7 +4,9 @@ write, or reads before it writes, shows."""
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # thousands of small calls: spinning threads would starve each other
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # thousands of small calls: spinning threads would starve each other
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

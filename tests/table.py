@@ -70,8 +70,8 @@ def _cases() -> Iterator[Case]:
         yield case("bf16", 64, dropout_p=p, seqlen_q=seqlen_q, seqlen_k=seqlen_k, packed=True,
                    lengths_q=(seqlen_q, 5), lengths_k=(seqlen_k, 11))  # fmt: skip
     # Memory.
-    for layout, dtype in itertools.product(("blhd", "gaps", "expanded"), ("f32", "bf16")):
-        yield case(dtype, 40, layout=layout, heads_q=4, heads_kv=2, seqlen_q=50, seqlen_k=71, causal=True)
+    for layout, dtype in itertools.product(("blhd", "lbhd", "gaps", "expanded", "mixed"), ("f32", "bf16")):
+        yield case(dtype, 40, layout=layout, heads_q=4, heads_kv=2, seqlen_q=50, seqlen_k=71, bias="1hqk")
         yield case(dtype, 64, layout=layout, packed=True, lengths_q=(50, 3), lengths_k=(40, 31), alibi="h")
     # Values.
     for values, dtype in itertools.product(("large", "constant", "ascending"), DTYPES):
