@@ -37,8 +37,10 @@ ifneq ($(ALL_CUDA_SOURCES),)
 ifeq ($(FA_CUDA),)
   GPU_ARCHS := $(shell command -v $(NVCC) >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
       2>/dev/null | sort -u | sed 's/\./ /; s/ //; s/^90$$/90a/; s/^/sm_/')
-  FA_CUDA_ARCHS ?= $(GPU_ARCHS)
-  CUDA_SOURCES  := $(if $(GPU_ARCHS),$(ALL_CUDA_SOURCES))
+  ifneq ($(GPU_ARCHS),)
+    FA_CUDA_ARCHS ?= $(GPU_ARCHS)
+    CUDA_SOURCES  := $(ALL_CUDA_SOURCES)
+  endif
 else ifneq ($(FA_CUDA),0)
   CUDA_SOURCES  := $(ALL_CUDA_SOURCES)
 endif
@@ -50,7 +52,7 @@ CUDA_SOURCES  := $(if $(HAS_SM90),$(CUDA_SOURCES),$(filter-out %_sm90.cu,$(CUDA_
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler=-fPIC,-Wall -Icsrc $(if $(HAS_SM90),-DFA_WITH_SM90)
 gencode     = $(foreach arch,$(if $(filter %_sm90.cu,$(1)),sm_90a,$(FA_CUDA_ARCHS)),\
     -gencode arch=$(arch:sm_%=compute_%),code=$(arch))
-CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC))))
+CUDA_LIBS   = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/"//g; s/^.*LIBRARIES=//p') -lcudart_static -ldl -lrt -lstdc++
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
@@ -67,19 +69,24 @@ endef
 
 $(BUILD)/obj/flash_attention.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA)
 $(BUILD)/obj/cpu/isa/%.o: FLAGS = $(FLAGS_$(firstword $(subst _, ,$(notdir $*))))
+$(BUILD)/obj/flash_attention.o: $(BUILD)/objects
 $(BUILD)/obj/%.o: csrc/%.c $(BUILD)/flags
 	$(call compile,$(CC) $(C_FLAGS) $(FLAGS))
-$(BUILD)/obj/%.cu.o: csrc/%.cu $(BUILD)/flags
+$(BUILD)/obj/%.cu.o: csrc/%.cu $(BUILD)/cuda-flags
 	$(call compile,$(NVCC) $(NVCC_FLAGS) $(call gencode,$<))
 
-$(LIB): $(OBJECTS)
+$(LIB): $(OBJECTS) $(BUILD)/objects
 	@rm -f $@.$$$$; $(AR) rcs $@.$$$$ $(OBJECTS) && mv $@.$$$$ $@
 
 # What a program that links the archive links besides.
 $(BUILD)/libflash_attention.libs: FORCE
-	$(call remember,$(strip $(if $(CUDA_SOURCES),-L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt) -lpthread -lm))
+	$(call remember,$(strip $(if $(CUDA_SOURCES),$(CUDA_LIBS)) -lpthread -lm))
 $(BUILD)/flags: FORCE
-	$(call remember,$(CC) $(C_FLAGS) $(if $(CUDA_SOURCES),$(NVCC) $(NVCC_FLAGS) $(FA_CUDA_ARCHS)) $(OBJECTS))
+	$(call remember,$(CC) $(C_FLAGS))
+$(BUILD)/cuda-flags: FORCE
+	$(call remember,$(NVCC) $(NVCC_FLAGS) $(FA_CUDA_ARCHS))
+$(BUILD)/objects: FORCE
+	$(call remember,$(OBJECTS))
 FORCE:
 
 LINK = @echo 'link $@'; $(CC) $(C_FLAGS) -o $@.$$$$ $(filter %.o %.a,$^) $$(cat $(BUILD)/libflash_attention.libs) && mv $@.$$$$ $@
@@ -153,8 +160,8 @@ fuzz: extension ## random cases; ARGS="--seconds 600 --device cuda --impl fused"
 	$(PY) -m tests.fuzz $(ARGS)
 
 sanitize: $(C_TESTS) ## the C tests under the address, undefined-behaviour and thread sanitizers, and valgrind if there
-	+$(MAKE) BUILD=$(BUILD)/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" FA_CUDA=0 ctest
-	+$(MAKE) BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" FA_CUDA=0 ARGS_CTEST=--quick ctest
+	+$(MAKE) BUILD=$(BUILD)/asan CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" FA_CUDA=0 ctest
+	+$(MAKE) BUILD=$(BUILD)/tsan CFLAGS="-g -fsanitize=thread" FA_CUDA=0 ARGS_CTEST=--quick ctest
 	@if command -v valgrind >/dev/null; then echo valgrind; valgrind -q --error-exitcode=1 $(C_TESTS) --quick; \
 	 else echo 'valgrind: not installed, left out'; fi
 

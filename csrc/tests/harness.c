@@ -57,7 +57,7 @@ typedef struct block {
     size_t page_bytes, bytes;
 } block;
 
-enum { kMaxBlocks = 64 };
+enum { kMaxBlocks = 128 };
 static block g_blocks[kMaxBlocks];
 static int g_block_count;
 
