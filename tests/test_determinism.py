@@ -1,0 +1,106 @@
+"""The same inputs give the same bits: on every run, at every number of threads, alone or among other threads."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .checks import run
+
+REPEATS = int(os.environ.get("FLASH_ATTENTION_TEST_REPEATS", "20"))
+
+# Large enough that the binding spreads them over threads.
+CASES = (
+    Case("f32", 64, seqlen_q=300, seqlen_k=333, causal=True),
+    Case(
+        "bf16",
+        64,
+        heads_q=6,
+        heads_kv=2,
+        seqlen_q=257,
+        seqlen_k=300,
+        bias="1h1k",
+        alibi="bh",
+        sinks=True,
+        dropout_p=0.2,
+    ),
+    Case("f16", 40, 64, heads_q=3, heads_kv=1, lengths_q=(300, 7), lengths_k=(11, 300), seqlen_q=300, seqlen_k=300),
+    Case("f64", 32, packed=True, lengths_q=(100, 0, 257, 3), lengths_k=(130, 5, 200, 100), causal=True, alibi="h"),
+    Case("f32", 128, batch=1, heads_q=8, heads_kv=1, seqlen_q=1, seqlen_k=3000, sinks=True),
+)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+each_impl = pytest.mark.parametrize("impl", ["naive", "fused"])
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that differ, told by their bits, so that -0 is not 0."""
+    return [name for name in one if not torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))]
+
+
+@each_impl
+@each_case
+def test_the_number_of_threads_changes_no_bit(case: Case, impl: str, threads: None) -> None:
+    results = {}
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results[count] = run(case.inputs(), impl)
+    for count in (2, 5):
+        assert not same_bits(results[1], results[count]), f"{count} threads"
+
+
+@each_impl
+@each_case
+def test_every_run_gives_the_same_bits(case: Case, impl: str) -> None:
+    inputs = case.inputs()
+    first = run(inputs, impl)
+    for repeat in range(REPEATS):
+        assert not same_bits(first, run(inputs, impl)), f"run {repeat}"
+
+
+@pytest.mark.slow
+@each_case
+def test_two_hundred_runs_give_the_same_bits(case: Case) -> None:
+    inputs = case.inputs()
+    first = run(inputs, "fused")
+    for repeat in range(200):
+        assert not same_bits(first, run(inputs, "fused")), f"run {repeat}"
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
+    wanted = [run(case.inputs(), "fused") for case in CASES]
+    differences: list[str] = []
+
+    def work(first: int) -> None:
+        for n in range(first, first + 2 * len(CASES)):
+            case = CASES[n % len(CASES)]
+            differences.extend(same_bits(wanted[n % len(CASES)], run(case.inputs(), "fused")))
+
+    workers = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not differences
+
+
+def test_a_sequence_gives_the_same_bits_whatever_its_neighbours() -> None:
+    case = Case("f32", 64, seqlen_q=130, seqlen_k=150, batch=3, causal=True)
+    inputs = case.inputs()
+    together = run(inputs, "fused")
+    for b in range(3):
+        alone = case.inputs()
+        alone.leaves = {name: x[b : b + 1].detach().requires_grad_() for name, x in inputs.leaves.items()}
+        alone.args = tuple(alone.leaves.values())
+        alone.d_o, alone.d_lse = inputs.d_o[b : b + 1], inputs.d_lse[b : b + 1]
+        assert not same_bits({name: x[b : b + 1].contiguous() for name, x in together.items()}, run(alone, "fused"))
