@@ -59,7 +59,7 @@ setup(
             "flash_attention._C",
             ["csrc/bindings.cpp"],
             include_dirs=[str(ROOT.resolve() / "csrc")],
-            # at::parallel_for runs on torch's own OpenMP threads: compiled with -fopenmp, never linked with a second pool
+            # at::parallel_for runs on torch's OpenMP threads: compiled with -fopenmp, never linked with a second pool
             extra_compile_args=["-O2", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else []),
             extra_objects=[str(LIB)],
             depends=[str(LIB), "csrc/flash_attention.h"],

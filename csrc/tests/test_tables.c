@@ -7,6 +7,7 @@
 #include "flash_attention.h"
 #include "harness.h"
 #include "philox.h"
+#include "sequence.h"
 
 static void test_philox(void) {
     // Random123, kat_vectors: philox4x32-7
@@ -68,6 +69,29 @@ static void test_conversions(void) {
     expect(fa_f32_to_f16(65519.0F) == 0x7BFF && fa_f32_to_f16(65520.0F) == 0x7C00 && fa_f32_to_f16(-1e30F) == 0xFC00,
            "float16");
     expect(fa_f32_to_bf16(3.4e38F) == 0x7F80 && fa_f32_to_bf16(-INFINITY) == 0xFF80, "bfloat16");
+}
+
+// The reference asks the same function as the kernels: here it meets the definition in flash_attention.h.
+static void test_visible_keys(void) {
+    test_begin("visible keys: the interval is the definition");
+    const int64_t lengths[] = {0, 1, 4, 7, 11}, windows[] = {-1, 0, 1, 5, 20, INT64_MAX};
+    for (int lengths_at = 0; lengths_at < 25; ++lengths_at)
+        for (int rule = 0; rule < 72; ++rule) {
+            const int64_t left = windows[rule % 6], right = windows[rule / 6 % 6];
+            const fa_sequence seq = {.len_q = lengths[lengths_at % 5], .len_k = lengths[lengths_at / 5]};
+            const fa_forward_args args = {.causal = rule >= 36, .window_left = left, .window_right = right};
+            for (int64_t i = 0; i < seq.len_q; ++i) {
+                const fa_interval keys = fa_visible_keys(&args, &seq, i);
+                const int64_t center = i + seq.len_k - seq.len_q;
+                expect(keys.lo >= 0 && keys.hi <= seq.len_k, "[%d, %d)", (int)keys.lo, (int)keys.hi);
+                for (int64_t j = 0; j < seq.len_k; ++j) {
+                    const bool visible = (!args.causal || j <= center) && (left < 0 || center - j <= left) &&
+                                         (right < 0 || j - center <= right);
+                    expect(visible == (j >= keys.lo && j < keys.hi), "row %d, key %d: [%d, %d)", (int)i, (int)j,
+                           (int)keys.lo, (int)keys.hi);
+                }
+            }
+        }
 }
 
 static void test_names(void) {
@@ -134,6 +158,7 @@ static void test_workers(void) {
 void test_tables(void) {
     test_philox();
     test_conversions();
+    test_visible_keys();
     test_names();
     test_kernels();
     test_workers();
