@@ -8,12 +8,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, __version__, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 LIB = Path("build/libflash_attention.a")
 TORCH = "torch>=2.9"
+
+if int(__version__.split(".")[0]) < 77:  # older ones do not know pyproject.toml's license = "MIT"
+    raise SystemExit(f"setuptools {__version__} is too old: pip install -U 'setuptools>=77' ninja, then repeat")
 
 
 def import_builder():
