@@ -27,6 +27,8 @@ def _seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.devi
         return seed
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed is {type(seed).__name__}: must be an int or an int64 tensor of one element")
     return torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=device)  # the same 64 bits
 
 
@@ -64,6 +66,9 @@ def _request(
     impl: str = "auto",
 ) -> tuple[Any, ...]:
     """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings.cpp)."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}: must be a torch.Tensor")
     q, k, v = _autocast(q, k, v)
     lengths = (seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     left, right = window_size

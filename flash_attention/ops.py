@@ -31,6 +31,9 @@ def _empty_in_layout_of(like: Tensor, width: int) -> Tensor:
 @torch.library.register_fake("flash_attention::forward")
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     q, v = args[_Q], args[_V]
+    for t in args[:_TENSORS]:
+        if t is not None and t.device != q.device:
+            raise ValueError(f"a tensor is on {t.device} and q is on {q.device}: all tensors must be on one device")
     packed = args[_CU_SEQLENS_Q] is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
     lse = q.new_empty(lse_shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)

@@ -27,7 +27,8 @@ static score_rule score_rule_of(const fa_forward_args *args, int64_t b, int64_t 
 
 // tanh(x), relative error a few roundings: x times an odd polynomial's quotient where 1 - 2 / (1 + e^2x) would cancel.
 static inline vreal v_tanh(vreal x) {
-    const vreal e_2x = v_exp2(v_mul(x, v_set1(2 * kLog2E)));
+    const vreal bounded = v_sub(v_set1(0), v_max(v_set1(-20), v_sub(v_set1(0), x))); // min(x, 20): NaN passes
+    const vreal e_2x = v_exp2(v_mul(bounded, v_set1(2 * kLog2E)));
     const vreal far = v_sub(v_set1(1), v_div(v_set1(2), v_add(e_2x, v_set1(1))));
     const vreal x2 = v_mul(x, x); // continued fraction: x / (1 + x2 / (3 + x2 / (5 + x2 / (7 + ...))))
     vreal fraction = v_set1(kTanhTerms);
