@@ -20,6 +20,7 @@ CASES = (
     Case("f64", 16, 8, lengths_q=(3, 33), lengths_k=(33, 7), softcap=2.0, window=(9, 0)),
     Case("f32", packed=True, lengths_q=(3, 0, 33), lengths_k=(33, 7, 5), sinks=True),
 )
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -157,6 +158,7 @@ def test_every_subset_of_the_inputs_gets_its_gradients(impl: str) -> None:
                 assert (gradient is None) if name not in wanted else torch.equal(gradient, everything[name])
 
 
+@pytest.mark.filterwarnings("ignore:flash_attention..backward. an autograd kernel was not registered")
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     q, k, v = (torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3))
     (d_q,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
