@@ -15,9 +15,10 @@ from flash_attention import _C  # registers the ops
 
 __version__: str = _C.version
 
-# Positions in the forward op's arguments.
+# The forward op's first arguments, which are tensors or None (the rest are plain values), and positions among them.
+_TENSOR_NAMES = ("q", "k", "v", "bias", "alibi_slopes", "sinks", "seqlens_q", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "seed")
+_TENSORS = len(_TENSOR_NAMES)
 _Q, _K, _V, _BIAS, _SLOPES, _SINKS, _CU_SEQLENS_Q = 0, 1, 2, 3, 4, 5, 8
-_TENSORS = 11  # the arguments up to here are tensors or None, the rest are plain values
 
 
 def _empty_in_layout_of(like: Tensor, width: int) -> Tensor:
@@ -31,9 +32,9 @@ def _empty_in_layout_of(like: Tensor, width: int) -> Tensor:
 @torch.library.register_fake("flash_attention::forward")
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     q, v = args[_Q], args[_V]
-    for t in args[:_TENSORS]:
+    for name, t in zip(_TENSOR_NAMES, args, strict=False):
         if t is not None and t.device != q.device:
-            raise ValueError(f"a tensor is on {t.device} and q is on {q.device}: all tensors must be on one device")
+            raise ValueError(f"{name} is on {t.device} and q is on {q.device}: all tensors must be on one device")
     packed = args[_CU_SEQLENS_Q] is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
     lse = q.new_empty(lse_shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
