@@ -105,7 +105,8 @@ void run_on_torch_threads(void *context, void (*body)(void *arg, int32_t worker)
 // torch's own threads; one where waking them would cost more than the work (results do not depend on the count).
 fa_workers torch_workers(const fa_forward_args &args) {
     const double multiplications = static_cast<double>(args.batch * args.heads_q) * static_cast<double>(args.seqlen_q) *
-                                   static_cast<double>(args.seqlen_k) * static_cast<double>(args.head_dim + args.head_dim_v);
+                                   static_cast<double>(args.seqlen_k) *
+                                   static_cast<double>(args.head_dim + args.head_dim_v);
     const int64_t count = multiplications < 1e6 || at::in_parallel_region() ? 1 : at::get_num_threads();
     return {static_cast<int32_t>(count), run_on_torch_threads, reinterpret_cast<void *>(static_cast<intptr_t>(count))};
 }
@@ -161,10 +162,10 @@ struct Request {
     }
 
     void read_companions() {
-        for (const auto &[name, t] :
-             {std::pair{"bias", &bias}, std::pair{"alibi_slopes", &alibi_slopes}, std::pair{"sinks", &sinks},
-              std::pair{"seqlens_q", &seqlens_q}, std::pair{"seqlens_k", &seqlens_k},
-              std::pair{"cu_seqlens_q", &cu_seqlens_q}, std::pair{"cu_seqlens_k", &cu_seqlens_k}, std::pair{"seed", &seed}})
+        for (const auto &[name, t] : {std::pair{"bias", &bias}, std::pair{"alibi_slopes", &alibi_slopes},
+                                      std::pair{"sinks", &sinks}, std::pair{"seqlens_q", &seqlens_q},
+                                      std::pair{"seqlens_k", &seqlens_k}, std::pair{"cu_seqlens_q", &cu_seqlens_q},
+                                      std::pair{"cu_seqlens_k", &cu_seqlens_k}, std::pair{"seed", &seed}})
             if (*t) same_device(name, **t);
         if (bias) args.bias = bias_of("bias", *bias, {args.batch, args.heads_q, args.seqlen_q, args.seqlen_k});
         if (alibi_slopes)
@@ -238,7 +239,8 @@ void backward_op(const c10::OperatorHandle &, Stack *stack) {
     const size_t first = stack->size() - kBackwardSize;
     Request request(*stack, first + 4);
     const bool packed = request.packed;
-    const Tensor d_o = (*stack)[first].toTensor(), o = (*stack)[first + 2].toTensor(), lse = (*stack)[first + 3].toTensor();
+    const Tensor d_o = (*stack)[first].toTensor(), o = (*stack)[first + 2].toTensor(),
+                 lse = (*stack)[first + 3].toTensor();
     const std::optional<Tensor> d_lse = (*stack)[first + 1].toOptional<Tensor>();
     const auto wanted = stack->back().toBoolList(); // bias, alibi_slopes, sinks
     const Tensor d_o_rows = d_o.stride(-1) == 1 || d_o.size(-1) <= 1 ? d_o : d_o.contiguous(); // an expanded gradient
@@ -322,18 +324,24 @@ TORCH_LIBRARY_IMPL(flash_attention, CUDA, library) { register_kernels(library); 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The C core of flash_attention; its ops are torch.ops.flash_attention.*";
     module.attr("version") = FA_VERSION;
-    module.def("cpu_isa", [] {
-        const char *isa = fa_cpu_isa();
-        if (!isa) throw pybind11::value_error(fa_error_text());
-        return std::string(isa);
-    }, "The CPU instruction set in use. Raises ValueError where FLASH_ATTENTION_ISA names none that this machine has.");
-    module.def("kernels", [] {
-        std::vector<std::pair<std::string, std::string>> rows;
-        for (int32_t index = 0; index < fa_kernel_count(); ++index) {
-            fa_kernel_info info;
-            check(fa_kernel_describe(index, &info));
-            rows.emplace_back(info.name, info.device == FA_CUDA ? "cuda" : "cpu");
-        }
-        return rows;
-    }, "(impl, device) of every kernel of this build, fastest first.");
+    module.def(
+        "cpu_isa",
+        [] {
+            const char *isa = fa_cpu_isa();
+            if (!isa) throw pybind11::value_error(fa_error_text());
+            return std::string(isa);
+        },
+        "The CPU instruction set in use. Raises ValueError where FLASH_ATTENTION_ISA names none that this machine has.");
+    module.def(
+        "kernels",
+        [] {
+            std::vector<std::pair<std::string, std::string>> rows;
+            for (int32_t index = 0; index < fa_kernel_count(); ++index) {
+                fa_kernel_info info;
+                check(fa_kernel_describe(index, &info));
+                rows.emplace_back(info.name, info.device == FA_CUDA ? "cuda" : "cpu");
+            }
+            return rows;
+        },
+        "(impl, device) of every kernel of this build, fastest first.");
 }

@@ -18,13 +18,14 @@ const char *fa_impl_name(fa_impl impl) { return (unsigned)impl < kImplCount ? kI
 const char *fa_dtype_name(fa_dtype dtype) { return (unsigned)dtype < kDtypeCount ? kDtypeNames[dtype] : "?"; }
 
 fa_status fa_impl_parse(const char *name, fa_impl *impl) {
+    FA_REQUIRE(name && impl, FA_ERROR_VALUE, "fa_impl_parse: name or impl is NULL");
     for (int i = 0; i < kImplCount; ++i)
         if (strcmp(kImplNames[i], name) == 0) {
             *impl = (fa_impl)i;
             return FA_OK;
         }
-    return fa_fail(FA_ERROR_VALUE, "impl '%s': must be one of auto, reference, naive, split, fused, tensor_core, hopper",
-                   name);
+    return fa_fail(FA_ERROR_VALUE,
+                   "impl '%s': must be one of auto, reference, naive, split, fused, tensor_core, hopper", name);
 }
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
@@ -75,7 +76,8 @@ static fa_status check_options(const fa_forward_args *args) {
 
 // The dtype of bias or sinks: the inputs', float32, or float64 with float64 inputs.
 static fa_status check_companion(const char *name, fa_dtype dtype, fa_dtype inputs, int own_dtype) {
-    const int allowed = dtype == FA_FLOAT32 || (own_dtype && dtype == inputs) || (dtype == FA_FLOAT64 && inputs == FA_FLOAT64);
+    const int allowed =
+        dtype == FA_FLOAT32 || (own_dtype && dtype == inputs) || (dtype == FA_FLOAT64 && inputs == FA_FLOAT64);
     FA_REQUIRE(allowed, FA_ERROR_TYPE, "%s is %s: with %s inputs it must be float32%s%s", name, fa_dtype_name(dtype),
                fa_dtype_name(inputs), inputs != FA_FLOAT32 && (own_dtype || inputs == FA_FLOAT64) ? " or " : "",
                inputs != FA_FLOAT32 && (own_dtype || inputs == FA_FLOAT64) ? fa_dtype_name(inputs) : "");
@@ -87,8 +89,7 @@ static fa_status check_extras(const fa_forward_args *args) {
         FA_REQUIRE(!args->cu_seqlens_q, FA_ERROR_VALUE, "bias: packed sequences (cu_seqlens) take none");
         FA_CHECK(check_companion("bias", args->bias.dtype, args->dtype, 1));
     }
-    if (args->alibi_slopes.data)
-        FA_CHECK(check_companion("alibi_slopes", args->alibi_slopes.dtype, args->dtype, 0));
+    if (args->alibi_slopes.data) FA_CHECK(check_companion("alibi_slopes", args->alibi_slopes.dtype, args->dtype, 0));
     if (args->sinks.data) {
         FA_CHECK(check_companion("sinks", args->sinks.dtype, args->dtype, 1));
         FA_REQUIRE(args->sinks.stride_b == 0, FA_ERROR_VALUE, "sinks: stride_b %lld must be 0, one sink a head",
@@ -121,16 +122,17 @@ static fa_status check_cu_seqlens(const char *name, const int32_t *cu_seqlens, i
         const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
         FA_REQUIRE(length >= 0, FA_ERROR_VALUE, "%s[%lld] = %d after %d: must not decrease", name, (long long)(b + 1),
                    (int)cu_seqlens[b + 1], (int)cu_seqlens[b]);
-        FA_REQUIRE(cu_seqlens[b + 1] <= total, FA_ERROR_VALUE, "%s[%lld] = %d: ends beyond the tensor's %lld rows", name,
-                   (long long)(b + 1), (int)cu_seqlens[b + 1], (long long)total);
-        FA_REQUIRE(length <= longest, FA_ERROR_VALUE, "%s: sequence %lld has %lld rows, more than max_seqlen %lld", name,
-                   (long long)b, (long long)length, (long long)longest);
+        FA_REQUIRE(cu_seqlens[b + 1] <= total, FA_ERROR_VALUE, "%s[%lld] = %d: ends beyond the tensor's %lld rows",
+                   name, (long long)(b + 1), (int)cu_seqlens[b + 1], (long long)total);
+        FA_REQUIRE(length <= longest, FA_ERROR_VALUE, "%s: sequence %lld has %lld rows, more than max_seqlen %lld",
+                   name, (long long)b, (long long)length, (long long)longest);
     }
     return FA_OK;
 }
 
 static fa_status check_tensor(const char *name, const fa_tensor *t, int64_t elements) {
-    FA_REQUIRE(t->data || elements == 0, FA_ERROR_VALUE, "%s: is NULL but has %lld elements", name, (long long)elements);
+    FA_REQUIRE(t->data || elements == 0, FA_ERROR_VALUE, "%s: is NULL but has %lld elements", name,
+               (long long)elements);
     return FA_OK;
 }
 
@@ -175,8 +177,8 @@ static fa_status check_gradients(const fa_backward_args *args) {
     FA_REQUIRE(!args->d_alibi_slopes.data ||
                    (forward->alibi_slopes.data && args->d_alibi_slopes.dtype == forward->alibi_slopes.dtype),
                FA_ERROR_VALUE, "d_alibi_slopes: needs alibi_slopes of the same dtype");
-    FA_REQUIRE(!args->d_sinks.data || (forward->sinks.data && args->d_sinks.dtype == forward->sinks.dtype), FA_ERROR_VALUE,
-               "d_sinks: needs sinks of the same dtype");
+    FA_REQUIRE(!args->d_sinks.data || (forward->sinks.data && args->d_sinks.dtype == forward->sinks.dtype),
+               FA_ERROR_VALUE, "d_sinks: needs sinks of the same dtype");
     return FA_OK;
 }
 
@@ -287,6 +289,7 @@ fa_status fa_kernel_verdict(int32_t index, const fa_forward_args *args, fa_pass 
 
 fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes) {
     const fa_kernel *kernel = NULL;
+    FA_REQUIRE(bytes, FA_ERROR_VALUE, "bytes: is NULL");
     FA_CHECK(check_request(args));
     FA_CHECK(choose(args, FA_FORWARD, &kernel));
     *bytes = kernel->forward_bytes(args);
@@ -304,7 +307,7 @@ fa_status fa_forward(const fa_forward_args *args) {
 
 fa_status fa_backward_workspace_bytes(const fa_backward_args *args, size_t *bytes) {
     const fa_kernel *kernel = NULL;
-    FA_REQUIRE(args, FA_ERROR_VALUE, "args: is NULL");
+    FA_REQUIRE(args && bytes, FA_ERROR_VALUE, "args, bytes: one is NULL");
     FA_CHECK(check_request(&args->forward));
     FA_CHECK(check_gradients(args));
     FA_CHECK(choose(&args->forward, FA_BACKWARD, &kernel));

@@ -36,7 +36,9 @@ static FA_HOST_DEVICE uint32_t fa_dropout_threshold(double dropout_p) { return (
 
 // The counter words of the group that holds (row, col).
 static FA_HOST_DEVICE uint32_t fa_dropout_row_word(int64_t row) { return (uint32_t)((row >> 4) * 8 + (row & 7)); }
-static FA_HOST_DEVICE uint32_t fa_dropout_col_word(int64_t col) { return (uint32_t)((col >> 4) * 4 + ((col & 7) >> 1)); }
+static FA_HOST_DEVICE uint32_t fa_dropout_col_word(int64_t col) {
+    return (uint32_t)((col >> 4) * 4 + ((col & 7) >> 1));
+}
 
 // Whether (row, col) of head `head` = b * heads_q + h is kept: the definition, one entry at a time.
 static FA_HOST_DEVICE int fa_dropout_keeps(uint64_t seed, uint32_t offset, uint32_t head, int64_t row, int64_t col,

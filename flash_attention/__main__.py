@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from flash_attention import __version__, _C
+from flash_attention import _C, __version__
 
 
 def _devices() -> str:

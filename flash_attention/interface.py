@@ -118,7 +118,7 @@ def flash_attention(
         sinks: (Hq,) in q's dtype or float32: one more logit per head, whose value is zero.
         seqlens_q, seqlens_k: (B,) int32: lengths of right-padded sequences; offset is then each sequence's own.
             Padded query rows give o = 0, lse = −inf, and take and give no gradient.
-        dropout_p: probability in [0, 1) of dropping an entry of P, in steps of 2^-16; kept ones are scaled by 1/(1 − p).
+        dropout_p: probability in [0, 1) of dropping an entry of P, in steps of 2^-16; kept ones are scaled by 1/(1−p).
         seed: int, or int64 tensor of one element, that determines the dropped entries; None draws one from torch's
             generator of the device.
         return_lse: also return the log-sum-exp of the scores (natural log, scale and sink included), differentiable.

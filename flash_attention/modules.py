@@ -22,7 +22,7 @@ class FlashAttention(nn.Module):
         self.defaults = defaults
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> o (B, Hq, Lq, Dv), or (o, lse) with return_lse=True.
+        """q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) -> o (B, Hq, Lq, Dv); (o, lse) with return_lse=True.
 
         Dropout is applied in training mode only. Raises what flash_attention() raises.
         """

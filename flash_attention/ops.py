@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attention import _C  # registers the ops
+try:
+    from flash_attention import _C  # registers the ops
+except ImportError as error:
+    raise ImportError(
+        f"the C extension is missing, or was built for another torch than {torch.__version__} ({error}): "
+        "build it again with `make extension` or `pip install .`"
+    ) from error
 
 __version__: str = _C.version
 
 # The forward op's first arguments, which are tensors or None (the rest are plain values), and positions among them.
-_TENSOR_NAMES = ("q", "k", "v", "bias", "alibi_slopes", "sinks", "seqlens_q", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "seed")
+_TENSOR_NAMES = tuple("q k v bias alibi_slopes sinks seqlens_q seqlens_k cu_seqlens_q cu_seqlens_k seed".split())
 _TENSORS = len(_TENSOR_NAMES)
 _Q, _K, _V, _BIAS, _SLOPES, _SINKS, _CU_SEQLENS_Q = 0, 1, 2, 3, 4, 5, 8
 
 
 def _empty_in_layout_of(like: Tensor, width: int) -> Tensor:
-    """A tensor of like's sizes but for the last axis, in like's order of the head and length axes, as the kernels make it."""
+    """A tensor of like's sizes but for the last axis, its head and length axes in like's order, as kernels make it."""
     if like.dim() == 3 or like.stride(1) >= like.stride(2):
         return like.new_empty((*like.shape[:-1], width))
     batch, heads, length, _ = like.shape

@@ -32,7 +32,7 @@ static inline uint16_t fa_f32_to_bf16(float x) {
 static inline float fa_f16_to_f32(uint16_t bits) {
     const uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, magnitude = bits & 0x7FFFu;
     if (magnitude >= 0x7C00u) return fa_f32_from_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13); // inf, NaN
-    if (magnitude >= 0x0400u) return fa_f32_from_bits(sign | ((magnitude << 13) + (112u << 23)));         // normal
+    if (magnitude >= 0x0400u) return fa_f32_from_bits(sign | ((magnitude << 13) + (112u << 23)));       // normal
     const float subnormal = (float)magnitude * 0x1p-24f;
     return sign ? -subnormal : subnormal;
 }

@@ -28,12 +28,10 @@ DECLARE_FUSED(avx512bf16_bf16)
 // Indexed by dtype. float64 has its own arithmetic; 16-bit inputs are widened to float32, but where BF16 names another
 // instance.
 #define BY_DTYPE(ISA, BF16, KERNEL)                                                                                    \
-    { &fa_##ISA##_f32_##KERNEL, &fa_##ISA##_f64_##KERNEL, &fa_##ISA##_f32_##KERNEL, &fa_##BF16##_##KERNEL }
+    {&fa_##ISA##_f32_##KERNEL, &fa_##ISA##_f64_##KERNEL, &fa_##ISA##_f32_##KERNEL, &fa_##BF16##_##KERNEL}
 #define ISA_ROW(NAME, ISA, BF16)                                                                                       \
-    {                                                                                                                  \
-        NAME, BY_DTYPE(ISA, ISA##_f32, naive_forward), BY_DTYPE(ISA, BF16, fused_forward),                             \
-            BY_DTYPE(ISA, ISA##_f32, naive_backward), BY_DTYPE(ISA, BF16, fused_backward)                              \
-    }
+    {NAME, BY_DTYPE(ISA, ISA##_f32, naive_forward), BY_DTYPE(ISA, BF16, fused_forward),                                \
+     BY_DTYPE(ISA, ISA##_f32, naive_backward), BY_DTYPE(ISA, BF16, fused_backward)}
 
 // Slowest first: an instruction set implies those before it.
 static const fa_cpu_isa_kernels kIsas[] = {
@@ -71,8 +69,8 @@ const fa_cpu_isa_kernels *fa_cpu_kernels(void) {
         while (found < kIsaCount && strcmp(kIsas[found].name, wanted) != 0) ++found;
         if (found == kIsaCount || found > best) {
             fa_fail(FA_ERROR_VALUE, "FLASH_ATTENTION_ISA=%s: %s; this machine has scalar%s%s%s", wanted,
-                    found == kIsaCount ? "no such instruction set" : "more than this machine has", best > 0 ? ", avx2" : "",
-                    best > 1 ? ", avx512" : "", best > 2 ? ", avx512_bf16" : "");
+                    found == kIsaCount ? "no such instruction set" : "more than this machine has",
+                    best > 0 ? ", avx2" : "", best > 1 ? ", avx512" : "", best > 2 ? ", avx512_bf16" : "");
             return NULL;
         }
         isa = &kIsas[found];
@@ -88,13 +86,13 @@ const char *fa_cpu_isa(void) {
 
 // The gate has seen to it that fa_cpu_kernels() is not NULL.
 #define CPU_KERNEL(NAME, FORWARD, BACKWARD)                                                                            \
-    static size_t NAME##_forward_bytes(const fa_forward_args *args) { return (FORWARD)->workspace_bytes(args); }        \
+    static size_t NAME##_forward_bytes(const fa_forward_args *args) { return (FORWARD)->workspace_bytes(args); }       \
     static fa_status NAME##_forward(const fa_forward_args *args) {                                                     \
         fa_cpu_fill_padding(args);                                                                                     \
         (FORWARD)->run(args);                                                                                          \
         return FA_OK;                                                                                                  \
     }                                                                                                                  \
-    static size_t NAME##_backward_bytes(const fa_backward_args *args) { return (BACKWARD)->workspace_bytes(args); }     \
+    static size_t NAME##_backward_bytes(const fa_backward_args *args) { return (BACKWARD)->workspace_bytes(args); }    \
     static fa_status NAME##_backward(const fa_backward_args *args) {                                                   \
         fa_cpu_fill_gradient_padding(args);                                                                            \
         (BACKWARD)->run(args);                                                                                         \
@@ -105,7 +103,7 @@ CPU_KERNEL(naive, fa_cpu_kernels()->naive_forward[args->dtype], fa_cpu_kernels()
 CPU_KERNEL(reference, &fa_reference_forward, &fa_reference_backward)
 
 #define CPU_ROW(IMPL, NAME)                                                                                            \
-    { {IMPL, FA_CPU, #NAME}, NULL, NAME##_forward_bytes, NAME##_forward, NAME##_backward_bytes, NAME##_backward }
+    {{IMPL, FA_CPU, #NAME}, NULL, NAME##_forward_bytes, NAME##_forward, NAME##_backward_bytes, NAME##_backward}
 static const fa_kernel kRows[] = {
     CPU_ROW(FA_FUSED, fused),         // tiles and an online softmax
     CPU_ROW(FA_NAIVE, naive),         // the score matrix in memory

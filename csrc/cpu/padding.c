@@ -1,8 +1,8 @@
 // Rows that belong to no sequence: past a padded sequence's length, or past the last packed one. No kernel visits them.
 #include "cpu/cpu.h"
 
-static void fill_rows(const fa_tensor *t, fa_dtype dtype, int64_t batch_index, int64_t heads, int64_t row0, int64_t row1,
-                      int64_t width, double value) {
+static void fill_rows(const fa_tensor *t, fa_dtype dtype, int64_t batch_index, int64_t heads, int64_t row0,
+                      int64_t row1, int64_t width, double value) {
     for (int64_t h = 0; h < heads; ++h)
         for (int64_t row = row0; row < row1; ++row) {
             const int64_t at = fa_row_offset(t, batch_index, h, row);

@@ -11,16 +11,17 @@ typedef struct row_state {
     fa_sequence seq;
     int64_t b, h, h_kv, i;
     fa_interval keys;
-    double *s;       // [seqlen_k] scores
-    double *capped;  // [seqlen_k] tanh(s / softcap), before bias and ALiBi
+    double *s;      // [seqlen_k] scores
+    double *capped; // [seqlen_k] tanh(s / softcap), before bias and ALiBi
     double lse;
 } row_state;
 
-static double at(const fa_forward_args *args, const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row, int64_t d) {
+static double at(const fa_forward_args *args, const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row,
+                 int64_t d) {
     return fa_load(t->data, args->dtype, fa_row_offset(t, batch_index, head, row) + d);
 }
-static void put(const fa_forward_args *args, const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row, int64_t d,
-                double x) {
+static void put(const fa_forward_args *args, const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row,
+                int64_t d, double x) {
     fa_store(t->data, args->dtype, fa_row_offset(t, batch_index, head, row) + d, x);
 }
 
@@ -37,9 +38,9 @@ static double distance(const row_state *row, int64_t j) {
 static double kept(const row_state *row, int64_t j) { // dropout: 0 or 1 / (1 - p)
     const fa_forward_args *args = row->args;
     if (args->dropout_p == 0) return 1;
-    const int keeps = fa_dropout_keeps((uint64_t)*args->dropout_seed, args->dropout_offset,
-                                       (uint32_t)(row->b * args->heads_q + row->h), row->i, j,
-                                       fa_dropout_threshold(args->dropout_p));
+    const int keeps =
+        fa_dropout_keeps((uint64_t)*args->dropout_seed, args->dropout_offset,
+                         (uint32_t)(row->b * args->heads_q + row->h), row->i, j, fa_dropout_threshold(args->dropout_p));
     return keeps ? 1 / (1 - args->dropout_p) : 0;
 }
 
@@ -61,7 +62,8 @@ static void score_row(row_state *row) {
         if (args->softcap > 0) s = args->softcap * row->capped[j];
         if (bias->data)
             s += fa_load(bias->data, bias->dtype,
-                         row->b * bias->stride_b + row->h * bias->stride_h + row->i * bias->stride_q + j * bias->stride_k);
+                         row->b * bias->stride_b + row->h * bias->stride_h + row->i * bias->stride_q +
+                             j * bias->stride_k);
         if (args->alibi_slopes.data) s -= per_head(&args->alibi_slopes, row->b, row->h, 0) * distance(row, j);
         row->s[j] = s;
         if (s > max) max = s;
@@ -83,8 +85,9 @@ static void for_each_row(const fa_forward_args *args, double *s, double *capped,
         const fa_sequence seq = fa_sequence_at(args, b);
         for (int64_t h = 0; h < args->heads_q; ++h)
             for (int64_t i = 0; i < seq.len_q; ++i) {
-                row_state row = {args, seq, b, h, h / (args->heads_q / args->heads_kv), i, fa_visible_keys(args, &seq, i),
-                                 s,    capped, 0};
+                row_state row = {
+                    args, seq,    b, h, h / (args->heads_q / args->heads_kv), i, fa_visible_keys(args, &seq, i),
+                    s,    capped, 0};
                 visit(&row, context);
             }
     }
@@ -98,14 +101,17 @@ static void forward_row(row_state *row, const void *context) {
     for (int64_t d = 0; d < args->head_dim_v; ++d) {
         double o = 0;
         for (int64_t j = row->keys.lo; j < row->keys.hi; ++j)
-            o += probability(row, j) * kept(row, j) * at(args, &args->v, seq->batch_index, row->h_kv, seq->row_k + j, d);
+            o +=
+                probability(row, j) * kept(row, j) * at(args, &args->v, seq->batch_index, row->h_kv, seq->row_k + j, d);
         put(args, &args->o, seq->batch_index, row->h, seq->row_q + row->i, d, o);
     }
     fa_store(args->lse.data, lse_dtype(args), fa_row_offset(&args->lse, seq->batch_index, row->h, seq->row_q + row->i),
              row->lse);
 }
 
-static size_t forward_workspace_bytes(const fa_forward_args *args) { return 2 * sizeof(double) * (size_t)args->seqlen_k; }
+static size_t forward_workspace_bytes(const fa_forward_args *args) {
+    return 2 * sizeof(double) * (size_t)args->seqlen_k;
+}
 
 static void forward_run(const fa_forward_args *args) {
     double *s = args->workspace;
@@ -119,10 +125,10 @@ const fa_cpu_forward fa_reference_forward = {forward_workspace_bytes, forward_ru
 typedef struct sums {
     const fa_backward_args *args;
     double *s, *capped;
-    double *d_k, *d_v;              // [B][Hkv][rows][width]; packed: [Hkv][total_k][width]
-    double *d_bias;                 // [B or 1][Hq or 1][Lq or 1][Lk or 1]
-    double *d_slopes, *d_sinks;     // [B or 1][Hq], [Hq]
-    int64_t batches, rows_k;        // of d_k, d_v
+    double *d_k, *d_v;          // [B][Hkv][rows][width]; packed: [Hkv][total_k][width]
+    double *d_bias;             // [B or 1][Hq or 1][Lq or 1][Lk or 1]
+    double *d_slopes, *d_sinks; // [B or 1][Hq], [Hq]
+    int64_t batches, rows_k;    // of d_k, d_v
     int64_t bias_size[4];
     size_t bytes;
 } sums;
@@ -169,24 +175,28 @@ static void backward_row(row_state *row, const void *context) {
     for (int64_t d = 0; d < forward->head_dim_v; ++d) {
         double o = 0;
         for (int64_t j = row->keys.lo; j < row->keys.hi; ++j)
-            o += probability(row, j) * kept(row, j) * at(forward, &forward->v, seq->batch_index, row->h_kv, seq->row_k + j, d);
+            o += probability(row, j) * kept(row, j) *
+                 at(forward, &forward->v, seq->batch_index, row->h_kv, seq->row_k + j, d);
         delta += o * at(forward, &args->d_o, seq->batch_index, row->h, row_q, d);
     }
     if (args->d_lse.data)
-        delta -= fa_load(args->d_lse.data, lse_dtype(forward), fa_row_offset(&args->d_lse, seq->batch_index, row->h, row_q));
+        delta -=
+            fa_load(args->d_lse.data, lse_dtype(forward), fa_row_offset(&args->d_lse, seq->batch_index, row->h, row_q));
 
     double *ds = row->s; // each score is read once more, then gives way to its gradient
     for (int64_t j = row->keys.lo; j < row->keys.hi; ++j) {
         const double p = probability(row, j), keep = kept(row, j);
         const int64_t k_at = (seq->batch_index * forward->heads_kv + row->h_kv) * t->rows_k + seq->row_k + j;
         for (int64_t d = 0; d < forward->head_dim_v; ++d)
-            t->d_v[k_at * forward->head_dim_v + d] += p * keep * at(forward, &args->d_o, seq->batch_index, row->h, row_q, d);
+            t->d_v[k_at * forward->head_dim_v + d] +=
+                p * keep * at(forward, &args->d_o, seq->batch_index, row->h, row_q, d);
         ds[j] = p * (keep * key_dot(row, &args->d_o, &forward->v, j, forward->head_dim_v) - delta);
         if (args->d_bias.data) t->d_bias[bias_index(t, row, j)] += ds[j];
         t->d_slopes[row->b * forward->heads_q + row->h] -= ds[j] * distance(row, j);
         ds[j] *= forward->softmax_scale * (1 - row->capped[j] * row->capped[j]);
         for (int64_t d = 0; d < forward->head_dim; ++d)
-            t->d_k[k_at * forward->head_dim + d] += ds[j] * at(forward, &forward->q, seq->batch_index, row->h, row_q, d);
+            t->d_k[k_at * forward->head_dim + d] +=
+                ds[j] * at(forward, &forward->q, seq->batch_index, row->h, row_q, d);
     }
     for (int64_t d = 0; d < forward->head_dim; ++d) {
         double d_q = 0;
@@ -210,7 +220,8 @@ static void store_extras(const fa_backward_args *args, const sums *t) {
                 for (int64_t i = 0; i < t->bias_size[2]; ++i)
                     for (int64_t j = 0; j < t->bias_size[3]; ++j)
                         fa_store(d_bias->data, d_bias->dtype,
-                                 b * d_bias->stride_b + h * d_bias->stride_h + i * d_bias->stride_q + j * d_bias->stride_k,
+                                 b * d_bias->stride_b + h * d_bias->stride_h + i * d_bias->stride_q +
+                                     j * d_bias->stride_k,
                                  t->d_bias[index++]);
     for (int64_t h = 0; h < forward->heads_q; ++h) {
         const fa_per_head *d_slopes = &args->d_alibi_slopes, *d_sinks = &args->d_sinks;

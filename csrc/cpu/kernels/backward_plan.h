@@ -6,13 +6,13 @@
 #include "cpu/kernels/scores.h"
 
 enum {
-    kGradM = 64,                   // query rows of a tile: a multiple of 16, for dropout_tile
-    kGradN = 256,                  // keys of a block
-    kScoreStride = kGradN + 16,    // 17 cache lines: P^T is read down a column, so rows must not share L1 sets
-    kGradStrips = kGradM / 4,      // strips of kMicroRows >= 4 rows in a tile, at most
-    kLargeLse = 64,                // beyond it, lse's rounding (4e-6) is more than P's own
-    kGradTasks = 16,               // tasks that keep a machine busy; below it the keys of a head are split into lanes,
-    kMaxKeyLanes = 8,              // each with a d_q of its own
+    kGradM = 64,                // query rows of a tile: a multiple of 16, for dropout_tile
+    kGradN = 256,               // keys of a block
+    kScoreStride = kGradN + 16, // 17 cache lines: P^T is read down a column, so rows must not share L1 sets
+    kGradStrips = kGradM / 4,   // strips of kMicroRows >= 4 rows in a tile, at most
+    kLargeLse = 64,             // beyond it, lse's rounding (4e-6) is more than P's own
+    kGradTasks = 16,            // tasks that keep a machine busy; below it the keys of a head are split into lanes,
+    kMaxKeyLanes = 8,           // each with a d_q of its own
 };
 
 typedef struct backward_scratch { // of one worker
@@ -28,18 +28,18 @@ typedef struct backward_scratch { // of one worker
 
 typedef struct backward_plan {
     const fa_backward_args *args;
-    int64_t d_stride, dv_stride;  // head_dim, head_dim_v in whole panels
-    int64_t q_chunks, k_chunks;   // packing tasks per head
-    int64_t q_tiles;              // per head
-    int64_t key_lanes;            // lane c of a (b, h_kv) takes key blocks c, c + key_lanes, …; a function of shape alone
-    packed q, d_o;                // along head_dim; q scaled by pack_scale(softmax_scale)
-    packed q_down, d_o_down, k;   // down the rows; q_down is q, and d_o_down d_o, where an operand is a real
+    int64_t d_stride, dv_stride; // head_dim, head_dim_v in whole panels
+    int64_t q_chunks, k_chunks;  // packing tasks per head
+    int64_t q_tiles;             // per head
+    int64_t key_lanes;          // lane c of a (b, h_kv) takes key blocks c, c + key_lanes, …; a function of shape alone
+    packed q, d_o;              // along head_dim; q scaled by pack_scale(softmax_scale)
+    packed q_down, d_o_down, k; // down the rows; q_down is q, and d_o_down d_o, where an operand is a real
     packed k_panels, v_panels;
-    packed lse, delta;            // one value a row: lse (+inf where no key is visible), rowsum(d_o * o) - d_lse
-    packed norm;                  // one value a row: 1 / sum of e^(s - lse), which is 1 but for the rounding of lse
-    packed d_q;                   // [key_lanes * Hq] heads of rows: d_q / softmax_scale of each key lane
-    double *d_slopes;             // [B][Hq][key_lanes]
-    double *d_sinks;              // [B][Hq][q_chunks]
+    packed lse, delta; // one value a row: lse (+inf where no key is visible), rowsum(d_o * o) - d_lse
+    packed norm;       // one value a row: 1 / sum of e^(s - lse), which is 1 but for the rounding of lse
+    packed d_q;        // [key_lanes * Hq] heads of rows: d_q / softmax_scale of each key lane
+    double *d_slopes;  // [B][Hq][key_lanes]
+    double *d_sinks;   // [B][Hq][q_chunks]
     char *scratch;
     size_t scratch_bytes, workspace_bytes;
 } backward_plan;

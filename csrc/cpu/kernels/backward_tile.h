@@ -17,8 +17,8 @@ typedef struct grad_tile {
 static int64_t panel_floor(int64_t column) { return column / kMicroCols * kMicroCols; }
 
 // s -> P where dropout keeps it, dP -> dS, in place, over columns [lo, hi) of one row. Returns sum_j dS |i + offset - j| for ALiBi.
-static double grad_row(const grad_tile *tile, const backward_scratch *scratch, int64_t r, int64_t lo, int64_t hi, real lse,
-                       real norm, real delta, int through_softcap) {
+static double grad_row(const grad_tile *tile, const backward_scratch *scratch, int64_t r, int64_t lo, int64_t hi,
+                       real lse, real norm, real delta, int through_softcap) {
     const score_rule *rule = tile->rule;
     const fa_forward_args *forward = rule->args;
     const int64_t row = tile->m0 + r, col0 = tile->n0 + lo, n = hi - lo;
@@ -66,14 +66,15 @@ static void pack_strip(const backward_scratch *scratch, int64_t r0, int64_t n, i
 }
 
 // s = q k^T of rows [r0, r0 + n) with the panel of keys at column c, into scratch->p.
-static inline void grad_tile_s_panel(const grad_tile *tile, const backward_scratch *scratch, int64_t r0, int64_t n, int64_t c) {
+static inline void grad_tile_s_panel(const grad_tile *tile, const backward_scratch *scratch, int64_t r0, int64_t n,
+                                     int64_t c) {
     const backward_plan *plan = tile->plan;
     const fa_forward_args *forward = tile->rule->args;
     const int64_t q_row = packed_first_row(forward, kSideQ, tile->b) + tile->m0 + r0;
     const int64_t k_row = packed_first_row(forward, kSideK, tile->b) + tile->n0 + c;
     micro_kernel(n, depth_units(forward->head_dim), operands_at(&plan->q, tile->h, q_row), plan->q.row_stride, 1,
-                 operands_at(&plan->k_panels, tile->h_kv, k_row), kMicroCols, scratch->p + r0 * kScoreStride + c, kScoreStride,
-                 0);
+                 operands_at(&plan->k_panels, tile->h_kv, k_row), kMicroCols, scratch->p + r0 * kScoreStride + c,
+                 kScoreStride, 0);
 }
 
 // Adds e^(s - lse) of the tile's rows to sums[kGradM]: what norm is made of.
@@ -105,8 +106,8 @@ static double grad_tile_scores(grad_tile *tile, const backward_scratch *scratch,
     const int64_t k_row = packed_first_row(forward, kSideK, tile->b) + tile->n0;
     double slope_sum = 0;
     if (forward->dropout_p > 0)
-        dropout_tile(scratch->keep, kScoreStride, forward, tile->b * forward->heads_q + tile->h, tile->m0, tile->rows, tile->n0,
-                     kGradN, 1);
+        dropout_tile(scratch->keep, kScoreStride, forward, tile->b * forward->heads_q + tile->h, tile->m0, tile->rows,
+                     tile->n0, kGradN, 1);
     for (int64_t r0 = 0, strip = 0; r0 < tile->rows; r0 += kMicroRows, ++strip) {
         const int64_t n = fa_min(kMicroRows, tile->rows - r0);
         const int64_t lo = fa_max(fa_visible_keys(forward, seq, tile->m0 + r0).lo - tile->n0, 0);
@@ -140,8 +141,8 @@ static void grad_tile_d_q(const grad_tile *tile, const backward_scratch *scratch
         for (int64_t d = 0; d < plan->d_stride; d += kMicroCols)
             micro_kernel(fa_min(kMicroRows, tile->rows - r0), depth_units(hi - lo),
                          scratch->ds_along + (r0 * kScoreStride + lo) / kDepth, kScoreStride / kDepth, 1,
-                         operands_at(&plan->k, tile->h_kv, k_row + lo) + d, plan->d_stride, d_q + r0 * plan->d_stride + d,
-                         plan->d_stride, 1);
+                         operands_at(&plan->k, tile->h_kv, k_row + lo) + d, plan->d_stride,
+                         d_q + r0 * plan->d_stride + d, plan->d_stride, 1);
     }
 }
 
@@ -153,8 +154,10 @@ static void grad_tile_d_kv(const grad_tile *tile, const backward_scratch *scratc
     const int64_t strips = fa_ceil_div(tile->rows, kMicroRows);
     for (int64_t panel = 0; panel < kGradN; panel += kMicroCols) {
         int64_t first = 0, last = strips;
-        while (first < strips && !(panel_floor(tile->strip_lo[first]) <= panel && panel < tile->strip_hi[first])) ++first;
-        while (last > first && !(panel_floor(tile->strip_lo[last - 1]) <= panel && panel < tile->strip_hi[last - 1])) --last;
+        while (first < strips && !(panel_floor(tile->strip_lo[first]) <= panel && panel < tile->strip_hi[first]))
+            ++first;
+        while (last > first && !(panel_floor(tile->strip_lo[last - 1]) <= panel && panel < tile->strip_hi[last - 1]))
+            --last;
         if (first >= last) continue;
         const int64_t row = first * kMicroRows, units = depth_units(fa_min(last * kMicroRows, tile->rows) - row);
         const operand *d_o = operands_at(&plan->d_o_down, tile->h, q_row + row);

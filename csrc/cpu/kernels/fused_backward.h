@@ -35,7 +35,8 @@ static real row_delta(const pack_source *d_o, const pack_source *o, int64_t row,
     load_row(scratch, source_row(d_o, row), d_o->width, dv_stride, dtype, 1);
     load_row(scratch + dv_stride, source_row(o, row), o->width, dv_stride, dtype, 1);
     vreal sum = v_set1(0);
-    for (int64_t d = 0; d < dv_stride; d += kLanes) sum = v_fma(v_load(scratch + d), v_load(scratch + dv_stride + d), sum);
+    for (int64_t d = 0; d < dv_stride; d += kLanes)
+        sum = v_fma(v_load(scratch + d), v_load(scratch + dv_stride + d), sum);
     return v_hsum(sum);
 }
 
@@ -89,7 +90,8 @@ static void backward_norm_task(void *arg, int64_t task, int32_t worker) {
     const backward_scratch scratch = backward_scratch_at(plan, worker, NULL);
     real sums[kGradM];
     for (int64_t r = 0; r < rows; ++r) sums[r] = real_exp(sink_of(forward, h) - lse[r]);
-    const int64_t lo = fa_visible_keys(forward, &rule.seq, m0).lo, hi = fa_visible_keys(forward, &rule.seq, m0 + rows - 1).hi;
+    const int64_t lo = fa_visible_keys(forward, &rule.seq, m0).lo,
+                  hi = fa_visible_keys(forward, &rule.seq, m0 + rows - 1).hi;
     for (int64_t n0 = lo / kGradN * kGradN; n0 < hi; n0 += kGradN) {
         const grad_tile tile = {plan, &rule, b, h, h / (forward->heads_q / forward->heads_kv), m0, rows, n0, {0}, {0}};
         grad_tile_row_sums(&tile, &scratch, sums);
@@ -136,7 +138,8 @@ static void backward_keys_task(void *arg, int64_t task, int32_t worker) {
                 grad_tile tile = {plan, &rule, b, h, h_kv, m0, fa_min(kGradM, seq.len_q - m0), n0, {0}, {0}};
                 if (fa_visible_keys(forward, &seq, m0 + tile.rows - 1).hi <= n0) continue;
                 if (fa_visible_keys(forward, &seq, m0).lo >= n0 + kGradN) break;
-                plan->d_slopes[(b * forward->heads_q + h) * plan->key_lanes + lane] -= grad_tile_scores(&tile, &scratch, 1);
+                plan->d_slopes[(b * forward->heads_q + h) * plan->key_lanes + lane] -=
+                    grad_tile_scores(&tile, &scratch, 1);
                 grad_tile_d_q(&tile, &scratch, packed_at(&plan->d_q, lane * forward->heads_q + h, q_row + m0));
                 grad_tile_d_kv(&tile, &scratch);
             }
@@ -160,7 +163,8 @@ static void backward_rows_task(void *arg, int64_t task, int32_t worker) {
         real *sum = packed_at(&plan->d_q, h, first + row);
         for (int64_t lane = 1; lane < plan->key_lanes; ++lane) {
             const real *part = packed_at(&plan->d_q, lane * forward->heads_q + h, first + row);
-            for (int64_t d = 0; d < plan->d_stride; d += kLanes) v_store(sum + d, v_add(v_load(sum + d), v_load(part + d)));
+            for (int64_t d = 0; d < plan->d_stride; d += kLanes)
+                v_store(sum + d, v_add(v_load(sum + d), v_load(part + d)));
         }
         const int64_t at = fa_row_offset(&args->d_q, seq.batch_index, h, seq.row_q + row);
         store_row((char *)args->d_q.data + at * fa_dtype_bytes(forward->dtype), sum, forward->head_dim, forward->dtype,
@@ -179,7 +183,8 @@ typedef struct bias_blocks {
 static bias_blocks bias_blocks_of(const backward_plan *plan) {
     const fa_forward_args *forward = &plan->args->forward;
     const fa_bias *d_bias = &plan->args->d_bias;
-    const int64_t row_blocks = fa_ceil_div(forward->seqlen_q, kGradM), col_blocks = fa_ceil_div(forward->seqlen_k, kGradN);
+    const int64_t row_blocks = fa_ceil_div(forward->seqlen_q, kGradM),
+                  col_blocks = fa_ceil_div(forward->seqlen_k, kGradN);
     return (bias_blocks){plan, d_bias->stride_b ? forward->batch : 1, d_bias->stride_h ? forward->heads_q : 1,
                          d_bias->stride_q ? row_blocks : 1, d_bias->stride_k ? col_blocks : 1};
 }
@@ -231,7 +236,9 @@ static void backward_bias_task(void *arg, int64_t task, int32_t worker) {
 
 // ---- the call -------------------------------------------------------------------------------------------------------
 
-static size_t fused_backward_workspace_bytes(const fa_backward_args *args) { return backward_plan_of(args).workspace_bytes; }
+static size_t fused_backward_workspace_bytes(const fa_backward_args *args) {
+    return backward_plan_of(args).workspace_bytes;
+}
 
 static void fused_backward_run(const fa_backward_args *args) {
     const fa_forward_args *forward = &args->forward;

@@ -34,10 +34,10 @@ typedef struct forward_scratch { // of one worker
 
 typedef struct forward_plan {
     const fa_forward_args *args;
-    int64_t q_tiles, k_chunks;   // per head
-    int64_t q_units, dv_stride;  // operands of a row of q, in whole vectors; head_dim_v in whole panels
+    int64_t q_tiles, k_chunks;  // per head
+    int64_t q_units, dv_stride; // operands of a row of q, in whole vectors; head_dim_v in whole panels
     int v_in_place;
-    int shared_packs;            // k_panels and v_rows hold whole tensors; else each task packs a block at a time
+    int shared_packs; // k_panels and v_rows hold whole tensors; else each task packs a block at a time
     packed k_panels, v_rows;
     char *scratch;
     size_t scratch_bytes; // per worker
@@ -91,7 +91,8 @@ static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
     const fa_sequence seq = fa_sequence_at(args, b);
     const int64_t row0 = chunk * kPackRows, n = fa_min(kPackRows, seq.len_k - row0);
     if (n <= 0) return;
-    const forward_scratch scratch = forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
+    const forward_scratch scratch =
+        forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
     const pack_source k = {args, &args->k, kSideK, b, head, row0, n, args->head_dim, seq};
     const pack_source v = {args, &args->v, kSideK, b, head, row0, n, args->head_dim_v, seq};
     pack_panels(pack_target(&plan->k_panels, &k), &k, scratch.pack);
@@ -144,8 +145,8 @@ typedef struct key_block {
     int64_t v_stride; // from one row of operands to the next
 } key_block;
 
-static key_block key_block_at(const forward_plan *plan, const forward_scratch *scratch, const fa_sequence *seq, int64_t b,
-                              int64_t h_kv, int64_t n0) {
+static key_block key_block_at(const forward_plan *plan, const forward_scratch *scratch, const fa_sequence *seq,
+                              int64_t b, int64_t h_kv, int64_t n0) {
     const fa_forward_args *args = plan->args;
     const int64_t row = packed_first_row(args, kSideK, b) + n0;
     key_block block = {n0, NULL, NULL, plan->dv_stride};
@@ -188,13 +189,13 @@ static void forward_strip(const forward_plan *plan, const forward_scratch *scrat
     }
     for (int64_t d = 0; d < plan->dv_stride; d += kMicroCols)
         micro_kernel(n, depth_units(hi - lo), scratch->p + (lo - first) / kDepth, kBlockN / kDepth, 1,
-                     block->v + lo / kDepth * block->v_stride + d, block->v_stride, scratch->acc_o + r0 * plan->dv_stride + d,
-                     plan->dv_stride, 1);
+                     block->v + lo / kDepth * block->v_stride + d, block->v_stride,
+                     scratch->acc_o + r0 * plan->dv_stride + d, plan->dv_stride, 1);
 }
 
 // o and lse of one row from its unnormalised sum; the sink is one more term of l.
-static void forward_finish_row(const fa_forward_args *args, const fa_sequence *seq, int64_t h, int64_t row, const real *acc_o,
-                               real row_max, real row_sum) {
+static void forward_finish_row(const fa_forward_args *args, const fa_sequence *seq, int64_t h, int64_t row,
+                               const real *acc_o, real row_max, real row_sum) {
     real weight = 1;
     const real sink = sink_of(args, h);
     if (sink != -INFINITY) {
@@ -218,7 +219,8 @@ static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
     const int64_t h_kv = h / (args->heads_q / args->heads_kv), m0 = tile * kBlockM;
     const score_rule rule = score_rule_of(args, b, h);
     const fa_sequence *seq = &rule.seq;
-    const forward_scratch scratch = forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
+    const forward_scratch scratch =
+        forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
     const int64_t rows = fa_max(0, fa_min(kBlockM, seq->len_q - m0));
 
     for (int64_t r = 0; r < rows; ++r) {
@@ -244,7 +246,9 @@ static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
                            scratch.row_sum[r]);
 }
 
-static size_t fused_forward_workspace_bytes(const fa_forward_args *args) { return forward_plan_of(args).workspace_bytes; }
+static size_t fused_forward_workspace_bytes(const fa_forward_args *args) {
+    return forward_plan_of(args).workspace_bytes;
+}
 
 static void fused_forward_run(const fa_forward_args *args) {
     forward_plan plan = forward_plan_of(args);

@@ -6,13 +6,13 @@
 #include "cpu/kernels/fused_forward.h"
 
 #define FA_CPU_FUSED_INSTANCE(NAME)                                                                                    \
-    const fa_cpu_forward fa_##NAME##_fused_forward = {fused_forward_workspace_bytes, fused_forward_run};                \
+    const fa_cpu_forward fa_##NAME##_fused_forward = {fused_forward_workspace_bytes, fused_forward_run};               \
     const fa_cpu_backward fa_##NAME##_fused_backward = {fused_backward_workspace_bytes, fused_backward_run};
 
 #if !FA_BF16_OPERANDS
 #include "cpu/kernels/naive.h"
 #define FA_CPU_NAIVE_INSTANCE(NAME)                                                                                    \
-    const fa_cpu_forward fa_##NAME##_naive_forward = {naive_forward_workspace_bytes, naive_forward_run};                \
+    const fa_cpu_forward fa_##NAME##_naive_forward = {naive_forward_workspace_bytes, naive_forward_run};               \
     const fa_cpu_backward fa_##NAME##_naive_backward = {naive_backward_workspace_bytes, naive_backward_run};
 #endif
 

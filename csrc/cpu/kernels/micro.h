@@ -12,15 +12,15 @@ enum { kMicroCols = kMicroVectors * kLanes };
 // Operands that `n` steps of a contraction take: the SIMD header puts kDepth of them into one (two bfloat16, or one real).
 static inline int64_t depth_units(int64_t n) { return (n + kDepth - 1) / kDepth; }
 
-static inline __attribute__((always_inline)) void micro_rows(const int rows, int64_t units, const operand *a, int64_t a_row,
-                                                             int64_t a_depth, const operand *b, int64_t b_row, real *c,
-                                                             int64_t c_row, const int accumulate) {
+static inline __attribute__((always_inline)) void micro_rows(const int rows, int64_t units, const operand *a,
+                                                             int64_t a_row, int64_t a_depth, const operand *b,
+                                                             int64_t b_row, real *c, int64_t c_row,
+                                                             const int accumulate) {
     vreal acc[kMicroRows][kMicroVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int n = 0; n < kMicroVectors; ++n)
-            acc[r][n] = accumulate ? v_load(c + r * c_row + n * kLanes) : v_set1(0);
+        for (int n = 0; n < kMicroVectors; ++n) acc[r][n] = accumulate ? v_load(c + r * c_row + n * kLanes) : v_set1(0);
     for (int64_t k = 0; k < units; ++k) {
         voperand b_k[kMicroVectors];
 #pragma GCC unroll 4
@@ -41,12 +41,14 @@ static inline __attribute__((always_inline)) void micro_rows(const int rows, int
 }
 
 // rows in [1, kMicroRows]: one specialisation each, so that the accumulators stay in registers.
-static void micro_kernel(int64_t rows, int64_t units, const operand *a, int64_t a_row, int64_t a_depth, const operand *b,
-                         int64_t b_row, real *c, int64_t c_row, int accumulate) {
-#define FA_MICRO_CASE(R)                                                                                                \
+static void micro_kernel(int64_t rows, int64_t units, const operand *a, int64_t a_row, int64_t a_depth,
+                         const operand *b, int64_t b_row, real *c, int64_t c_row, int accumulate) {
+#define FA_MICRO_CASE(R)                                                                                               \
     case R:                                                                                                            \
-        if (accumulate) micro_rows(R, units, a, a_row, a_depth, b, b_row, c, c_row, 1);                                  \
-        else micro_rows(R, units, a, a_row, a_depth, b, b_row, c, c_row, 0);                                             \
+        if (accumulate)                                                                                                \
+            micro_rows(R, units, a, a_row, a_depth, b, b_row, c, c_row, 1);                                            \
+        else                                                                                                           \
+            micro_rows(R, units, a, a_row, a_depth, b, b_row, c, c_row, 0);                                            \
         break;
     switch (rows) {
         FA_MICRO_CASE(1)

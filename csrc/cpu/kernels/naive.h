@@ -77,8 +77,8 @@ static void naive_product(int64_t rows, int64_t n, int64_t depth, const real *a,
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
-static void naive_transpose(const naive_plan *plan, real *dst, const fa_tensor *src, const fa_sequence *seq, int64_t h_kv,
-                            int64_t width) {
+static void naive_transpose(const naive_plan *plan, real *dst, const fa_tensor *src, const fa_sequence *seq,
+                            int64_t h_kv, int64_t width) {
     const fa_dtype dtype = plan->args->dtype;
     memset(dst, 0, (size_t)(width * plan->ld) * sizeof(real));
     for (int64_t j = 0; j < seq->len_k; ++j) {
@@ -160,8 +160,8 @@ static void naive_scores_task(void *arg, int64_t task, int32_t worker) {
 static const real *naive_keep(const naive_plan *plan, const naive_block *block) {
     const fa_forward_args *args = plan->args;
     if (args->dropout_p == 0) return NULL;
-    dropout_tile(block->scratch, plan->ld, args, block->b * args->heads_q + block->h, block->row0, block->rows, 0, plan->ld,
-                 kept_scale(args));
+    dropout_tile(block->scratch, plan->ld, args, block->b * args->heads_q + block->h, block->row0, block->rows, 0,
+                 plan->ld, kept_scale(args));
     return block->scratch;
 }
 

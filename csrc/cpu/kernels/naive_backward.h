@@ -9,18 +9,21 @@ static void naive_ds_task(void *arg, int64_t task, int32_t worker) {
     const fa_sequence *seq = &block.rule.seq;
     const real *d_o = packed_at(&plan->d_o, block.h, block.q_row);
     naive_product(block.rows, plan->ld, args->head_dim_v, d_o, plan->dv_stride, 1,
-                  plan->v_t + block.columns * args->head_dim_v * plan->ld, plan->ld, plan->ds + block.matrix, plan->ld, 0);
+                  plan->v_t + block.columns * args->head_dim_v * plan->ld, plan->ld, plan->ds + block.matrix, plan->ld,
+                  0);
     const real *keep = naive_keep(plan, &block);
     for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t row = block.row0 + r, sum_at = (block.b * args->heads_q + block.h) * args->seqlen_q + row;
         const int64_t o_at = fa_row_offset(&args->o, seq->batch_index, block.h, seq->row_q + row);
-        const real lse = ((const real *)args->lse.data)[fa_row_offset(&args->lse, seq->batch_index, block.h, seq->row_q + row)];
+        const real lse =
+            ((const real *)args->lse.data)[fa_row_offset(&args->lse, seq->batch_index, block.h, seq->row_q + row)];
         double delta = 0, slope_sum = 0;
         for (int64_t d = 0; d < args->head_dim_v; ++d)
             delta += fa_load(args->o.data, args->dtype, o_at + d) * (double)d_o[r * plan->dv_stride + d];
         if (plan->backward->d_lse.data)
-            delta -= (double)((const real *)plan->backward->d_lse.data)[fa_row_offset(
-                &plan->backward->d_lse, seq->batch_index, block.h, seq->row_q + row)];
+            delta -=
+                (double)((const real *)plan->backward->d_lse
+                             .data)[fa_row_offset(&plan->backward->d_lse, seq->batch_index, block.h, seq->row_q + row)];
         real *p = plan->p + block.matrix + r * plan->ld, *ds = plan->ds + block.matrix + r * plan->ld;
         real sum = lse == -INFINITY ? 1 : real_exp(sink_of(args, block.h) - lse);
         for (int64_t j = 0; j < plan->ld; ++j) {
@@ -55,8 +58,8 @@ static void naive_d_q_task(void *arg, int64_t task, int32_t worker) {
                   plan->d_stride, block.scratch, plan->d_stride, 0);
     for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t at = fa_row_offset(&plan->backward->d_q, seq->batch_index, block.h, seq->row_q + block.row0 + r);
-        store_row((char *)plan->backward->d_q.data + at * fa_dtype_bytes(args->dtype), block.scratch + r * plan->d_stride,
-                  args->head_dim, args->dtype, (real)args->softmax_scale);
+        store_row((char *)plan->backward->d_q.data + at * fa_dtype_bytes(args->dtype),
+                  block.scratch + r * plan->d_stride, args->head_dim, args->dtype, (real)args->softmax_scale);
     }
 }
 
@@ -102,14 +105,16 @@ static void naive_bias_task(void *arg, int64_t task, int32_t worker) {
     for (int64_t b = d_bias->stride_b ? batch : 0; b < (d_bias->stride_b ? batch + 1 : args->batch); ++b) {
         const fa_sequence seq = fa_sequence_at(args, b);
         for (int64_t h = d_bias->stride_h ? head : 0; h < (d_bias->stride_h ? head + 1 : args->heads_q); ++h)
-            for (int64_t i = d_bias->stride_q ? row : 0; i < fa_min(seq.len_q, d_bias->stride_q ? row + 1 : seq.len_q); ++i) {
+            for (int64_t i = d_bias->stride_q ? row : 0; i < fa_min(seq.len_q, d_bias->stride_q ? row + 1 : seq.len_q);
+                 ++i) {
                 const real *ds = plan->ds + ((b * args->heads_q + h) * args->seqlen_q + i) * plan->ld;
                 for (int64_t j = 0; j < seq.len_k; ++j) sum[d_bias->stride_k ? j : 0] += ds[j];
             }
     }
     for (int64_t j = 0; j < (d_bias->stride_k ? args->seqlen_k : 1); ++j)
         fa_store(d_bias->data, d_bias->dtype,
-                 batch * d_bias->stride_b + head * d_bias->stride_h + row * d_bias->stride_q + j * d_bias->stride_k, sum[j]);
+                 batch * d_bias->stride_b + head * d_bias->stride_h + row * d_bias->stride_q + j * d_bias->stride_k,
+                 sum[j]);
 }
 
 static size_t naive_backward_workspace_bytes(const fa_backward_args *args) {

@@ -88,7 +88,8 @@ static operand *pack_target(const packed *dst, const pack_source *src) {
 // out: where the first row goes; row r goes row_stride operands further on for each row before it.
 static void pack_along(operand *out, int64_t row_stride, const pack_source *src, real scale) {
     for (int64_t r = 0; r < src->n; ++r)
-        load_along(out + r * row_stride, source_row(src, src->row0 + r), src->width, row_stride, src->args->dtype, scale);
+        load_along(out + r * row_stride, source_row(src, src->row0 + r), src->width, row_stride, src->args->dtype,
+                   scale);
 }
 
 // Panels of depth_units(width) x kMicroCols operands, one after the other; the last one's missing rows are zero.
@@ -98,7 +99,8 @@ static void pack_panels(operand *out, const pack_source *src, operand *scratch) 
     for (int64_t row = 0; row < src->n; row += kMicroCols) {
         const int64_t n = fa_min(kMicroCols, src->n - row);
         for (int64_t r = 0; r < n; ++r)
-            load_along(scratch + r * stride, source_row(src, src->row0 + row + r), src->width, stride, src->args->dtype, 1);
+            load_along(scratch + r * stride, source_row(src, src->row0 + row + r), src->width, stride, src->args->dtype,
+                       1);
         memset(scratch + n * stride, 0, (size_t)((kMicroCols - n) * stride) * sizeof(operand));
         for (int64_t r0 = 0; r0 < kMicroCols; r0 += kLanes)
             for (int64_t u0 = 0; u0 < units; u0 += kLanes)

@@ -59,7 +59,6 @@ static void store_row(void *dst, const real *src, int64_t n, fa_dtype dtype, rea
     for (; i < n; ++i) fa_store(dst, dtype, i, scale * src[i]);
 }
 
-
 // dst[0 ... n) = n elements that lie `stride` apart (0: one element for all).
 static void load_strided(real *dst, const void *src, int64_t n, int64_t stride, fa_dtype dtype) {
     if (stride == 1) {
@@ -110,7 +109,8 @@ static inline real sink_of(const fa_forward_args *args, int64_t h) {
 }
 
 // Values of one head over the batch: kept apart where the gradient has a batch axis, else summed in order.
-static void store_per_head(const fa_forward_args *forward, const fa_per_head *gradient, const double *parts, int64_t count) {
+static void store_per_head(const fa_forward_args *forward, const fa_per_head *gradient, const double *parts,
+                           int64_t count) {
     for (int64_t h = 0; gradient->data && h < forward->heads_q; ++h) {
         double sum = 0;
         for (int64_t b = 0; b < forward->batch; ++b) {

@@ -17,10 +17,10 @@ typedef struct score_rule {
 static score_rule score_rule_of(const fa_forward_args *args, int64_t b, int64_t h) {
     score_rule rule = {args, fa_sequence_at(args, b), NULL, (real)args->softcap, 0, 0};
     if (args->bias.data)
-        rule.bias =
-            element_at(args->bias.data, args->bias.dtype, b * args->bias.stride_b + h * args->bias.stride_h);
+        rule.bias = element_at(args->bias.data, args->bias.dtype, b * args->bias.stride_b + h * args->bias.stride_h);
     const fa_per_head *slopes = &args->alibi_slopes;
-    if (slopes->data) rule.slope = (real)fa_load(slopes->data, slopes->dtype, b * slopes->stride_b + h * slopes->stride_h);
+    if (slopes->data)
+        rule.slope = (real)fa_load(slopes->data, slopes->dtype, b * slopes->stride_b + h * slopes->stride_h);
     rule.modified = rule.bias || rule.softcap > 0 || rule.slope != 0;
     return rule;
 }

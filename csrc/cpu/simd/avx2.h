@@ -39,7 +39,7 @@ static inline real v_hmax(vreal x) {
 
 #include "cpu/simd/exp2_f64.h"
 
-static inline vreal v_exp2(vreal x) { // x < 1023.5
+static inline vreal v_exp2(vreal x) {                                // x < 1023.5
     const vreal clamped = _mm256_max_pd(_mm256_set1_pd(-1022.0), x); // NaN passes
     const vreal whole = _mm256_round_pd(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vreal mantissa = exp2_fraction(_mm256_sub_pd(clamped, whole));
@@ -81,7 +81,7 @@ static inline real v_hmax(vreal x) {
 
 #include "cpu/simd/exp2_f32.h"
 
-static inline vreal v_exp2(vreal x) { // x < 127.5
+static inline vreal v_exp2(vreal x) {                                // x < 127.5
     const vreal clamped = _mm256_max_ps(_mm256_set1_ps(-126.0f), x); // NaN passes
     const vreal whole = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vreal mantissa = exp2_fraction(_mm256_sub_ps(clamped, whole));

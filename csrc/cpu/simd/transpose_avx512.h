@@ -18,7 +18,8 @@ static inline void v_transpose(void *out, int64_t out_stride, const void *rows, 
         }
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-        const __m512i low02 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), low13 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xDD);
+        const __m512i low02 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88),
+                      low13 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xDD);
         const __m512i high02 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
         const __m512i high13 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xDD);
         b[c] = _mm512_shuffle_i32x4(low02, high02, 0x88);
