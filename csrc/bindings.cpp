@@ -196,11 +196,15 @@ struct Request {
         return at::empty(sizes, like.options()).transpose(1, 2);
     }
 
-    Tensor empty_lse() const {
+    std::vector<int64_t> lse_sizes() const {
         std::vector<int64_t> sizes = q.sizes().vec();
         sizes.pop_back();
         if (packed) std::swap(sizes[0], sizes[1]);
-        return at::empty(sizes, q.options().dtype(args.dtype == FA_FLOAT64 ? at::kDouble : at::kFloat));
+        return sizes;
+    }
+
+    Tensor empty_lse() const {
+        return at::empty(lse_sizes(), q.options().dtype(args.dtype == FA_FLOAT64 ? at::kDouble : at::kFloat));
     }
 
     Tensor workspace(size_t bytes) {
@@ -245,7 +249,18 @@ void backward_op(const c10::OperatorHandle &, Stack *stack) {
     const auto wanted = stack->back().toBoolList(); // bias, alibi_slopes, sinks
     const Tensor d_o_rows = d_o.stride(-1) == 1 || d_o.size(-1) <= 1 ? d_o : d_o.contiguous(); // an expanded gradient
     fa_forward_args &args = request.args;
-    check_shape("d_o", d_o, "o's", o.sizes());
+    const auto check_like = [&](const char *name, const Tensor &t, at::IntArrayRef sizes, at::ScalarType dtype) {
+        check_shape(name, t, "what forward made", sizes);
+        TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ": must be ", dtype);
+        request.same_device(name, t);
+    };
+    std::vector<int64_t> o_sizes = request.q.sizes().vec();
+    o_sizes.back() = args.head_dim_v;
+    const at::ScalarType lse_dtype = args.dtype == FA_FLOAT64 ? at::kDouble : at::kFloat;
+    check_like("o", o, o_sizes, request.q.scalar_type());
+    check_like("d_o", d_o, o_sizes, request.q.scalar_type());
+    check_like("lse", lse, request.lse_sizes(), lse_dtype);
+    if (d_lse) check_like("d_lse", *d_lse, request.lse_sizes(), lse_dtype);
     args.o = tensor_of("o", o, packed), args.lse = lse_tensor(lse, packed);
 
     fa_backward_args backward{};

@@ -1,6 +1,7 @@
 // The gate: every argument check, workspace sizes, the choice of kernel.
 #include "flash_attention.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -52,17 +53,26 @@ static fa_status check_sizes(const fa_forward_args *args) {
     FA_CHECK(check_size("head_dim", args->head_dim, 1, FA_MAX_HEAD_DIM));
     FA_CHECK(check_size("head_dim_v", args->head_dim_v, 1, FA_MAX_HEAD_DIM));
     // No byte count of any workspace may overflow: the largest is a few score matrices of doubles, or rows of head_dim.
-    const double rows = ((double)args->batch + 1) * (double)args->heads_q * ((double)args->seqlen_q + 256);
-    FA_REQUIRE(rows * ((double)args->seqlen_k + FA_MAX_HEAD_DIM) < 0x1p57, FA_ERROR_VALUE,
-               "batch %lld, heads_q %lld, seqlen_q %lld, seqlen_k %lld: their product must be below 2^57",
+    const double heads = (double)args->heads_q, padding = 256 * ((double)args->batch + 1);
+    const double packed = args->cu_seqlens_q ? 1 : 0;
+    const double rows_q = (double)args->batch * (double)args->seqlen_q + packed * (double)args->total_q + padding;
+    const double rows_k = (double)args->batch * (double)args->seqlen_k + packed * (double)args->total_k + padding;
+    FA_REQUIRE(heads * rows_q * ((double)args->seqlen_k + FA_MAX_HEAD_DIM) < 0x1p57 &&
+                   heads * rows_k * FA_MAX_HEAD_DIM < 0x1p57,
+               FA_ERROR_VALUE, "batch %lld, heads_q %lld, seqlen_q %lld, seqlen_k %lld: more than 2^57 scores",
                (long long)args->batch, (long long)args->heads_q, (long long)args->seqlen_q, (long long)args->seqlen_k);
+    FA_CHECK(check_size("workers.count", args->workers.count, 0, 1 << 16));
     return FA_OK;
 }
 
 static fa_status check_options(const fa_forward_args *args) {
-    FA_REQUIRE(isfinite(args->softmax_scale), FA_ERROR_VALUE, "softmax_scale %g: must be finite", args->softmax_scale);
-    FA_REQUIRE(isfinite(args->softcap) && args->softcap >= 0, FA_ERROR_VALUE,
-               "softcap %g: must be finite and positive, or 0 for none", args->softcap);
+    const double most = args->dtype == FA_FLOAT64 ? DBL_MAX : FLT_MAX; // the kernels' arithmetic
+    const double least = args->dtype == FA_FLOAT64 ? DBL_MIN : FLT_MIN;
+    FA_REQUIRE(fabs(args->softmax_scale) <= most, FA_ERROR_VALUE, "softmax_scale %g: must be finite in %s arithmetic",
+               args->softmax_scale, args->dtype == FA_FLOAT64 ? "float64" : "float32");
+    FA_REQUIRE(args->softcap == 0 || (args->softcap >= least && args->softcap <= most), FA_ERROR_VALUE,
+               "softcap %g: must be positive, finite and normal in %s arithmetic, or 0 for none", args->softcap,
+               args->dtype == FA_FLOAT64 ? "float64" : "float32");
     FA_REQUIRE(args->causal == 0 || args->causal == 1, FA_ERROR_VALUE, "causal %d: must be 0 or 1", (int)args->causal);
     FA_REQUIRE(args->window_left >= -1 && args->window_right >= -1, FA_ERROR_VALUE,
                "window_size (%lld, %lld): each side must be >= 0, or -1 for unbounded", (long long)args->window_left,
@@ -179,6 +189,10 @@ static fa_status check_gradients(const fa_backward_args *args) {
                FA_ERROR_VALUE, "d_alibi_slopes: needs alibi_slopes of the same dtype");
     FA_REQUIRE(!args->d_sinks.data || (forward->sinks.data && args->d_sinks.dtype == forward->sinks.dtype),
                FA_ERROR_VALUE, "d_sinks: needs sinks of the same dtype");
+    FA_REQUIRE(args->d_sinks.stride_b == 0, FA_ERROR_VALUE, "d_sinks: stride_b %lld must be 0, one sink a head",
+               (long long)args->d_sinks.stride_b);
+    FA_REQUIRE(args->deterministic == 0 || args->deterministic == 1, FA_ERROR_VALUE, "deterministic %d: must be 0 or 1",
+               (int)args->deterministic);
     return FA_OK;
 }
 
@@ -229,7 +243,7 @@ fa_status fa_kernel_describe(int32_t index, fa_kernel_info *info) {
     return FA_OK;
 }
 
-static void add_reason(fa_reasons *reasons, const char *format, ...) {
+void fa_add_reason(fa_reasons *reasons, const char *format, ...) {
     va_list values;
     va_start(values, format);
     if (reasons->used) reasons->used += (size_t)snprintf(reasons->text + reasons->used, 3, "; ");
@@ -239,24 +253,26 @@ static void add_reason(fa_reasons *reasons, const char *format, ...) {
     if (reasons->used > sizeof reasons->text - 3) reasons->used = sizeof reasons->text - 3; // room for one more "; "
 }
 
-static int refuses(const fa_kernel *kernel, const fa_forward_args *args, fa_pass pass, fa_reasons *reasons) {
+// backward: NULL in the forward pass, as below.
+static int refuses(const fa_kernel *kernel, const fa_forward_args *args, const fa_backward_args *backward,
+                   fa_reasons *reasons) {
     *reasons = (fa_reasons){0};
     if (kernel->info.device != args->device)
-        add_reason(reasons, "runs on %s, the tensors are on %s", kDeviceNames[kernel->info.device],
-                   kDeviceNames[args->device]);
-    if (pass == FA_FORWARD ? !kernel->forward : !kernel->backward)
-        add_reason(reasons, "has no %s", pass == FA_FORWARD ? "forward" : "backward");
-    if (kernel->refuse) kernel->refuse(args, pass, reasons);
+        fa_add_reason(reasons, "runs on %s, the tensors are on %s", kDeviceNames[kernel->info.device],
+                      kDeviceNames[args->device]);
+    if (backward ? !kernel->backward : !kernel->forward)
+        fa_add_reason(reasons, "has no %s", backward ? "backward" : "forward");
+    if (kernel->refuse) kernel->refuse(args, backward, reasons);
     return reasons->used > 0;
 }
 
 // The kernel that serves the request: the named one, or for auto the first row that does not refuse.
-static fa_status choose(const fa_forward_args *args, fa_pass pass, const fa_kernel **chosen) {
+static fa_status choose(const fa_forward_args *args, const fa_backward_args *backward, const fa_kernel **chosen) {
     fa_reasons reasons;
     const fa_kernel *kernel, *named = NULL;
     for (int32_t i = 0; (kernel = kernel_at(i)) != NULL; ++i) {
         if (args->impl != FA_AUTO && kernel->info.impl != args->impl) continue;
-        if (!refuses(kernel, args, pass, &reasons)) {
+        if (!refuses(kernel, args, backward, &reasons)) {
             *chosen = kernel;
             return FA_OK;
         }
@@ -264,7 +280,7 @@ static fa_status choose(const fa_forward_args *args, fa_pass pass, const fa_kern
     }
     FA_REQUIRE(args->impl == FA_AUTO, FA_ERROR_UNSUPPORTED, "impl '%s' cannot serve this request: %s",
                fa_impl_name(args->impl),
-               !named ? "this build has no such kernel" : (refuses(named, args, pass, &reasons), reasons.text));
+               !named ? "this build has no such kernel" : (refuses(named, args, backward, &reasons), reasons.text));
     return fa_fail(FA_ERROR_UNSUPPORTED, "no kernel of this build serves tensors on %s", kDeviceNames[args->device]);
 }
 
@@ -275,9 +291,11 @@ fa_status fa_kernel_verdict(int32_t index, const fa_forward_args *args, fa_pass 
     FA_CHECK(fa_kernel_describe(index, &info));
     FA_CHECK(check_request(args));
     const fa_kernel *kernel = kernel_at(index);
-    if (refuses(kernel, args, pass, &reasons)) {
+    const fa_backward_args plain = {.forward = *args}; // the gradients of q, k and v
+    const fa_backward_args *backward = pass == FA_BACKWARD ? &plain : NULL;
+    if (refuses(kernel, args, backward, &reasons)) {
         snprintf(text, size, "%s", reasons.text);
-    } else if (choose(args, pass, &chosen) == FA_OK && chosen == kernel) {
+    } else if (choose(args, backward, &chosen) == FA_OK && chosen == kernel) {
         snprintf(text, size, "chosen");
     } else {
         snprintf(text, size, args->impl == FA_AUTO ? "slower" : "not the impl asked for");
@@ -291,7 +309,7 @@ fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes)
     const fa_kernel *kernel = NULL;
     FA_REQUIRE(bytes, FA_ERROR_VALUE, "bytes: is NULL");
     FA_CHECK(check_request(args));
-    FA_CHECK(choose(args, FA_FORWARD, &kernel));
+    FA_CHECK(choose(args, NULL, &kernel));
     *bytes = kernel->forward_bytes(args);
     return FA_OK;
 }
@@ -300,7 +318,7 @@ fa_status fa_forward(const fa_forward_args *args) {
     const fa_kernel *kernel = NULL;
     FA_CHECK(check_request(args));
     FA_CHECK(check_data(args));
-    FA_CHECK(choose(args, FA_FORWARD, &kernel));
+    FA_CHECK(choose(args, NULL, &kernel));
     FA_CHECK(check_workspace(args, kernel->forward_bytes(args)));
     return kernel->forward(args);
 }
@@ -310,7 +328,7 @@ fa_status fa_backward_workspace_bytes(const fa_backward_args *args, size_t *byte
     FA_REQUIRE(args && bytes, FA_ERROR_VALUE, "args, bytes: one is NULL");
     FA_CHECK(check_request(&args->forward));
     FA_CHECK(check_gradients(args));
-    FA_CHECK(choose(&args->forward, FA_BACKWARD, &kernel));
+    FA_CHECK(choose(&args->forward, args, &kernel));
     *bytes = kernel->backward_bytes(args);
     return FA_OK;
 }
@@ -321,7 +339,7 @@ fa_status fa_backward(const fa_backward_args *args) {
     FA_CHECK(check_request(&args->forward));
     FA_CHECK(check_gradients(args));
     FA_CHECK(check_gradient_data(args));
-    FA_CHECK(choose(&args->forward, FA_BACKWARD, &kernel));
+    FA_CHECK(choose(&args->forward, args, &kernel));
     FA_CHECK(check_workspace(&args->forward, kernel->backward_bytes(args)));
     return kernel->backward(args);
 }

@@ -121,7 +121,7 @@ typedef struct fa_backward_args {
     int32_t deterministic;      // 1: the same inputs give the same bits on every run (on the CPU they always do)
 } fa_backward_args;
 
-// Scratch that the call needs, a function of shape, options and worker count; data pointers are not read.
+// Scratch that the call needs, a function of shape, options, worker count and which pointers are NULL; none is followed.
 fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes);
 fa_status fa_backward_workspace_bytes(const fa_backward_args *args, size_t *bytes);
 

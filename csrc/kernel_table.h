@@ -9,10 +9,12 @@ typedef struct fa_reasons {
     char text[512];
     size_t used;
 } fa_reasons;
+void fa_add_reason(fa_reasons *reasons, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 typedef struct fa_kernel {
     fa_kernel_info info;
-    void (*refuse)(const fa_forward_args *args, fa_pass pass, fa_reasons *reasons); // NULL: serves every request
+    // Adds every reason for not serving the request. backward: NULL in the forward pass. NULL: serves every request.
+    void (*refuse)(const fa_forward_args *args, const fa_backward_args *backward, fa_reasons *reasons);
     size_t (*forward_bytes)(const fa_forward_args *args);
     fa_status (*forward)(const fa_forward_args *args);
     size_t (*backward_bytes)(const fa_backward_args *args);

@@ -11,7 +11,7 @@ typedef struct fa_sequence {
     int64_t len_q, len_k;
 } fa_sequence;
 
-// Host only: lengths are read here, clamped to the tensors.
+// Host only: lengths are read here. The gate has checked them against the tensors.
 static inline fa_sequence fa_sequence_at(const fa_forward_args *args, int64_t b) {
     fa_sequence seq = {b, 0, 0, args->seqlen_q, args->seqlen_k};
     if (args->cu_seqlens_q) {

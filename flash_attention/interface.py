@@ -27,18 +27,30 @@ def _seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.devi
         return seed
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed is {type(seed).__name__}: must be an int or an int64 tensor of one element")
-    return torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=device)  # the same 64 bits
+    _require_type("seed", seed, _INTEGER, "an int or an int64 tensor of one element")
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)  # the same 64 bits
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, floating tensors in its dtype (float64 stays as it is), as matmul does."""
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, q, k, v in its dtype (float64 stays as it is), as matmul does, and 16-bit bias or sinks."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    inputs = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype in (inputs if i < 3 else inputs[1:]) else t
+        for i, t in enumerate(tensors)
+    )
+
+
+def _require_type(name: str, value: Any, types: tuple[type, ...], words: str) -> None:
+    if not isinstance(value, types):
+        raise TypeError(f"{name} is {type(value).__name__}: must be {words}")
+
+
+_INTEGER = (int, torch.SymInt)
+_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _request(
@@ -67,11 +79,28 @@ def _request(
 ) -> tuple[Any, ...]:
     """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings.cpp)."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}: must be a torch.Tensor")
-    q, k, v = _autocast(q, k, v)
+        _require_type(name, t, (Tensor,), "a tensor")
     lengths = (seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
+    names = ("bias", "alibi_slopes", "sinks", "seqlens_q", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k")
+    for name, t in zip(names, (bias, alibi_slopes, sinks, *lengths), strict=True):
+        if t is not None:
+            _require_type(name, t, (Tensor,), "a tensor or None")
     left, right = window_size
+    integers = (
+        ("window_size", left),
+        ("window_size", right),
+        ("max_seqlen_q", max_seqlen_q),
+        ("max_seqlen_k", max_seqlen_k),
+    )
+    for name, n in integers:
+        _require_type(name, n, _INTEGER, "made of ints")
+        if not -(2**63) <= n < 2**63:
+            raise ValueError(f"{name} {n}: must fit 64 bits")
+    for name, x in (("softcap", softcap), ("dropout_p", dropout_p), ("softmax_scale", softmax_scale)):
+        if x is not None or name != "softmax_scale":
+            _require_type(name, x, _NUMBER, "a number")
+    _require_type("impl", impl, (str,), "a string")
+    q, k, v, bias, sinks = _autocast(q, k, v, bias, sinks)
     return (
         *(q, k, v, bias, alibi_slopes, sinks, *lengths, _seed_tensor(seed, dropout_p, q.device)),
         *(max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap, dropout_p, deterministic, impl),
@@ -126,7 +155,8 @@ def flash_attention(
         impl: "auto", or one of this build's kernels by name; see explain().
 
     Returns:
-        o (B, Hq, Lq, Dv) in q's dtype and layout; with return_lse also lse (B, Hq, Lq) float32 (float64 for float64).
+        o (B, Hq, Lq, Dv) in q's dtype, in memory (B, Lq, Hq, Dv) where q is a transposed (B, L, H, D);
+        with return_lse also lse (B, Hq, Lq) float32 (float64 for float64).
         A query that sees no key has o = 0 and lse = −inf (with a sink, lse = sink).
 
     Raises:
@@ -238,7 +268,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **option
 
 
 def workspace_bytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **options: Any) -> int:
-    """Bytes of scratch that flash_attention(q, k, v, **options), or its backward, allocates besides its results.
+    """Bytes of scratch that flash_attention(q, k, v, **options), or its backward to q, k, v, takes besides its results.
 
     Args, Raises: as explain().
     """

@@ -77,4 +77,9 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
     return kept + (None,) * (len(needs) - len(kept))
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError("flash_attention has no second derivative: its backward is not differentiable")
+
+
 torch.library.register_autograd("flash_attention::forward", _backward, setup_context=_setup_context)
+torch.library.register_autograd("flash_attention::backward", _no_second_derivative)

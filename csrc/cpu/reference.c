@@ -11,9 +11,9 @@ typedef struct row_state {
     fa_sequence seq;
     int64_t b, h, h_kv, i;
     fa_interval keys;
-    double *s;      // [seqlen_k] scores
-    double *capped; // [seqlen_k] tanh(s / softcap), before bias and ALiBi
-    double lse;
+    double *s;       // [seqlen_k] scores
+    double *capped;  // [seqlen_k] tanh(s / softcap), before bias and ALiBi
+    double max, sum; // P = e^(s - max) / sum; lse = max + ln sum
 } row_state;
 
 static double at(const fa_forward_args *args, const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row,
@@ -71,11 +71,11 @@ static void score_row(row_state *row) {
     if (max == -INFINITY) max = 0; // no key, or only -inf scores: every term of the sum is 0, unless a score is NaN
     for (int64_t j = row->keys.lo; j < row->keys.hi; ++j) sum += exp(row->s[j] - max);
     if (args->sinks.data) sum += exp(per_head(&args->sinks, 0, row->h, 0) - max);
-    row->lse = max + log(sum); // log(0) = -inf
+    row->max = max, row->sum = sum;
 }
 
 static double probability(const row_state *row, int64_t j) {
-    return row->lse == -INFINITY ? 0 : exp(row->s[j] - row->lse);
+    return row->sum == 0 ? 0 : exp(row->s[j] - row->max) / row->sum;
 }
 
 // Calls visit for every row of every sequence.
@@ -87,7 +87,7 @@ static void for_each_row(const fa_forward_args *args, double *s, double *capped,
             for (int64_t i = 0; i < seq.len_q; ++i) {
                 row_state row = {
                     args, seq,    b, h, h / (args->heads_q / args->heads_kv), i, fa_visible_keys(args, &seq, i),
-                    s,    capped, 0};
+                    s,    capped, 0, 0};
                 visit(&row, context);
             }
     }
@@ -106,7 +106,7 @@ static void forward_row(row_state *row, const void *context) {
         put(args, &args->o, seq->batch_index, row->h, seq->row_q + row->i, d, o);
     }
     fa_store(args->lse.data, lse_dtype(args), fa_row_offset(&args->lse, seq->batch_index, row->h, seq->row_q + row->i),
-             row->lse);
+             row->max + log(row->sum)); // log(0) = -inf
 }
 
 static size_t forward_workspace_bytes(const fa_forward_args *args) {
@@ -204,8 +204,8 @@ static void backward_row(row_state *row, const void *context) {
             d_q += ds[j] * at(forward, &forward->k, seq->batch_index, row->h_kv, seq->row_k + j, d);
         put(forward, &args->d_q, seq->batch_index, row->h, row_q, d, d_q);
     }
-    if (forward->sinks.data && row->lse != -INFINITY)
-        t->d_sinks[row->h] -= exp(per_head(&forward->sinks, 0, row->h, 0) - row->lse) * delta;
+    if (forward->sinks.data && row->sum != 0)
+        t->d_sinks[row->h] -= exp(per_head(&forward->sinks, 0, row->h, 0) - row->max) / row->sum * delta;
 }
 
 static size_t backward_workspace_bytes(const fa_backward_args *args) { return sums_at(args, NULL).bytes; }

@@ -23,7 +23,7 @@ typedef struct backward_scratch { // of one worker
     real *d_k, *d_v;              // [kGradN][d_stride], [kGradN][dv_stride]
     real *capped, *row;           // [kGradN]
     real *pack;                   // [kMicroCols][max(d_stride, dv_stride)], of reals or operands
-    real *d_bias;                 // [kGradM][kGradN]
+    double *d_bias;               // [kGradM][kGradN]: any number of heads and tiles adds up here
 } backward_scratch;
 
 typedef struct backward_plan {
@@ -59,7 +59,7 @@ static backward_scratch backward_scratch_at(const backward_plan *plan, int32_t w
     scratch.capped = fa_take(&arena, kGradN * sizeof(real));
     scratch.row = fa_take(&arena, kGradN * sizeof(real));
     scratch.pack = fa_take(&arena, (size_t)(kMicroCols * fa_max(plan->d_stride, plan->dv_stride)) * sizeof(real));
-    scratch.d_bias = fa_take(&arena, plan->args->d_bias.data ? kGradM * kGradN * sizeof(real) : 0);
+    scratch.d_bias = fa_take(&arena, plan->args->d_bias.data ? kGradM * kGradN * sizeof(double) : 0);
     if (bytes) *bytes = arena.used_bytes;
     return scratch;
 }

@@ -22,8 +22,8 @@ static void backward_pack_k_task(void *arg, int64_t task, int32_t worker) {
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t n = fa_min(kPackRows, seq.len_k - row0);
     operand *scratch = (operand *)backward_scratch_at(plan, worker, NULL).pack;
-    const pack_source k = {forward, &forward->k, kSideK, b, head, row0, n, forward->head_dim, seq};
-    const pack_source v = {forward, &forward->v, kSideK, b, head, row0, n, forward->head_dim_v, seq};
+    const pack_source k = {forward, &forward->k, kSideK, b, head, row0, n, forward->head_dim, seq, NULL};
+    const pack_source v = {forward, &forward->v, kSideK, b, head, row0, n, forward->head_dim_v, seq, NULL};
     pack_panels(pack_target(&plan->k_panels, &k), &k, scratch);
     pack_panels(pack_target(&plan->v_panels, &v), &v, scratch);
     pack_down(pack_target(&plan->k, &k), plan->k.row_stride, &k, 1);
@@ -49,9 +49,9 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t n = fa_min(kPackRows, seq.len_q - row0), first = packed_first_row(forward, kSideQ, b);
     real *scratch = backward_scratch_at(plan, worker, NULL).pack;
-    const pack_source q = {forward, &forward->q, kSideQ, b, h, row0, n, forward->head_dim, seq};
-    const pack_source d_o = {forward, &args->d_o, kSideQ, b, h, row0, n, forward->head_dim_v, seq};
-    const pack_source o = {forward, &forward->o, kSideQ, b, h, row0, n, forward->head_dim_v, seq};
+    const pack_source q = {forward, &forward->q, kSideQ, b, h, row0, n, forward->head_dim, seq, NULL};
+    const pack_source d_o = {forward, &args->d_o, kSideQ, b, h, row0, n, forward->head_dim_v, seq, &forward->lse};
+    const pack_source o = {forward, &forward->o, kSideQ, b, h, row0, n, forward->head_dim_v, seq, NULL};
     pack_along(pack_target(&plan->q, &q), plan->q.row_stride, &q, pack_scale((real)forward->softmax_scale));
     pack_along(pack_target(&plan->d_o, &d_o), plan->d_o.row_stride, &d_o, 1);
     if (kDepth > 1) {
@@ -66,10 +66,11 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
         const real lse = ((const real *)forward->lse.data)[lse_at];
         real delta = row_delta(&d_o, &o, row, plan->dv_stride, scratch);
         if (args->d_lse.data) delta -= ((const real *)args->d_lse.data)[d_lse_at];
+        if (lse == -INFINITY) delta = 0;
         *packed_at(&plan->lse, h, first + row) = lse == -INFINITY ? INFINITY : lse; // no visible key: P = e^-inf = 0
         *packed_at(&plan->delta, h, first + row) = delta;
         *packed_at(&plan->norm, h, first + row) = 1;
-        if (sink != -INFINITY) d_sink -= exp(sink - (double)lse) * (double)delta;
+        if (sink != -INFINITY && lse != -INFINITY) d_sink -= exp(sink - (double)lse) * (double)delta;
     }
     plan->d_sinks[task] = d_sink; // task counts (b, h, chunk)
 }
@@ -191,7 +192,7 @@ static bias_blocks bias_blocks_of(const backward_plan *plan) {
 
 // sum += dS of one head over rows [m0, …) and keys [n0, …), where an axis of extent 1 sums over the tile.
 static void add_bias_tile(const backward_plan *plan, const backward_scratch *scratch, int64_t b, int64_t h, int64_t m0,
-                          int64_t n0, real *sum) {
+                          int64_t n0, double *sum) {
     const fa_forward_args *forward = &plan->args->forward;
     const fa_bias *d_bias = &plan->args->d_bias;
     const score_rule rule = score_rule_of(forward, b, h);
@@ -200,10 +201,10 @@ static void add_bias_tile(const backward_plan *plan, const backward_scratch *scr
     grad_tile tile = {plan, &rule, b, h, h / (forward->heads_q / forward->heads_kv), m0, rows, n0, {0}, {0}};
     grad_tile_scores(&tile, scratch, 0);
     for (int64_t r = 0; r < rows; ++r) {
-        real *into = sum + (d_bias->stride_q ? r * kGradN : 0);
+        double *into = sum + (d_bias->stride_q ? r * kGradN : 0);
         const real *ds = scratch->ds + r * kScoreStride;
         for (int64_t c = tile.strip_lo[r / kMicroRows]; c < tile.strip_hi[r / kMicroRows]; ++c)
-            into[d_bias->stride_k ? c : 0] += ds[c];
+            into[d_bias->stride_k ? c : 0] += (double)ds[c];
     }
 }
 
@@ -217,8 +218,8 @@ static void backward_bias_task(void *arg, int64_t task, int32_t worker) {
     const int64_t head = task / blocks->col_blocks / blocks->row_blocks % blocks->heads;
     const int64_t batch = task / blocks->col_blocks / blocks->row_blocks / blocks->heads;
     const int64_t m0 = row_block * kGradM, n0 = col_block * kGradN;
-    real *sum = scratch.d_bias;
-    memset(sum, 0, kGradM * kGradN * sizeof(real));
+    double *sum = scratch.d_bias;
+    memset(sum, 0, kGradM * kGradN * sizeof(double));
     for (int64_t b = d_bias->stride_b ? batch : 0; b < (d_bias->stride_b ? batch + 1 : forward->batch); ++b)
         for (int64_t h = d_bias->stride_h ? head : 0; h < (d_bias->stride_h ? head + 1 : forward->heads_q); ++h)
             for (int64_t m = m0; m < (d_bias->stride_q ? m0 + 1 : forward->seqlen_q); m += kGradM)

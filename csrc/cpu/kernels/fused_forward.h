@@ -93,8 +93,8 @@ static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
     if (n <= 0) return;
     const forward_scratch scratch =
         forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
-    const pack_source k = {args, &args->k, kSideK, b, head, row0, n, args->head_dim, seq};
-    const pack_source v = {args, &args->v, kSideK, b, head, row0, n, args->head_dim_v, seq};
+    const pack_source k = {args, &args->k, kSideK, b, head, row0, n, args->head_dim, seq, NULL};
+    const pack_source v = {args, &args->v, kSideK, b, head, row0, n, args->head_dim_v, seq, NULL};
     pack_panels(pack_target(&plan->k_panels, &k), &k, scratch.pack);
     if (!plan->v_in_place) pack_down(pack_target(&plan->v_rows, &v), plan->v_rows.row_stride, &v, 1);
 }
@@ -119,13 +119,14 @@ static inline void softmax_row(const real *s, operand *p, const real *keep, int6
         }
         *row_max = block_max;
     }
-    const vreal scale = v_set1(kLog2E), shift = v_set1(*row_max == -INFINITY ? 0 : -*row_max * kLog2E);
+    // s - max before the product with log2(e): scores may be as large as an additive mask of -FLT_MAX
+    const vreal log2e = v_set1(kLog2E), max = v_set1(*row_max == -INFINITY ? 0 : *row_max);
     vreal sum0 = v_set1(0), sum1 = sum0;
     for (int64_t c = 0; c < n; c += kMicroCols) {
         for (int k = 0; k < kMicroVectors; k += 2) {
             const int64_t at = c + k * kLanes;
-            vreal p0 = v_exp2(v_fma(v_load(s + at), scale, shift));
-            vreal p1 = v_exp2(v_fma(v_load(s + at + kLanes), scale, shift));
+            vreal p0 = v_exp2(v_mul(v_sub(v_load(s + at), max), log2e));
+            vreal p1 = v_exp2(v_mul(v_sub(v_load(s + at + kLanes), max), log2e));
             sum0 = v_add(sum0, p0);
             sum1 = v_add(sum1, p1);
             if (keep) {
@@ -155,8 +156,8 @@ static key_block key_block_at(const forward_plan *plan, const forward_scratch *s
         block.v = plan->v_in_place ? NULL : operands_at(&plan->v_rows, h_kv, row);
     } else {
         const int64_t n = fa_min(kBlockN, seq->len_k - n0);
-        const pack_source k = {args, &args->k, kSideK, b, h_kv, n0, n, args->head_dim, *seq};
-        const pack_source v = {args, &args->v, kSideK, b, h_kv, n0, n, args->head_dim_v, *seq};
+        const pack_source k = {args, &args->k, kSideK, b, h_kv, n0, n, args->head_dim, *seq, NULL};
+        const pack_source v = {args, &args->v, kSideK, b, h_kv, n0, n, args->head_dim_v, *seq, NULL};
         pack_panels(scratch->k_block, &k, scratch->pack);
         if (!plan->v_in_place) pack_down(scratch->v_block, plan->dv_stride / kDepth, &v, 1);
         block.k_panels = scratch->k_block, block.v = scratch->v_block;

@@ -94,11 +94,11 @@ static void naive_pack_k_task(void *arg, int64_t task, int32_t worker) { // task
     const fa_sequence seq = fa_sequence_at(args, b);
     (void)worker;
     naive_transpose(plan, plan->k_t + task * args->head_dim * plan->ld, &args->k, &seq, h_kv, args->head_dim);
-    const pack_source v = {args, &args->v, kSideK, b, h_kv, 0, seq.len_k, args->head_dim_v, seq};
+    const pack_source v = {args, &args->v, kSideK, b, h_kv, 0, seq.len_k, args->head_dim_v, seq, NULL};
     pack_along(pack_target(&plan->v, &v), plan->v.row_stride, &v, 1);
     if (!plan->backward) return;
     naive_transpose(plan, plan->v_t + task * args->head_dim_v * plan->ld, &args->v, &seq, h_kv, args->head_dim_v);
-    const pack_source k = {args, &args->k, kSideK, b, h_kv, 0, seq.len_k, args->head_dim, seq};
+    const pack_source k = {args, &args->k, kSideK, b, h_kv, 0, seq.len_k, args->head_dim, seq, NULL};
     pack_along(pack_target(&plan->k, &k), plan->k.row_stride, &k, 1);
 }
 
@@ -108,10 +108,10 @@ static void naive_pack_q_task(void *arg, int64_t task, int32_t worker) { // task
     const int64_t b = task / args->heads_q, h = task % args->heads_q;
     const fa_sequence seq = fa_sequence_at(args, b);
     (void)worker;
-    const pack_source q = {args, &args->q, kSideQ, b, h, 0, seq.len_q, args->head_dim, seq};
+    const pack_source q = {args, &args->q, kSideQ, b, h, 0, seq.len_q, args->head_dim, seq, NULL};
     pack_along(pack_target(&plan->q, &q), plan->q.row_stride, &q, (real)args->softmax_scale);
     if (!plan->backward) return;
-    const pack_source d_o = {args, &plan->backward->d_o, kSideQ, b, h, 0, seq.len_q, args->head_dim_v, seq};
+    const pack_source d_o = {args, &plan->backward->d_o, kSideQ, b, h, 0, seq.len_q, args->head_dim_v, seq, &args->lse};
     pack_along(pack_target(&plan->d_o, &d_o), plan->d_o.row_stride, &d_o, 1);
 }
 

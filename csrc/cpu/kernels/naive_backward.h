@@ -20,7 +20,7 @@ static void naive_ds_task(void *arg, int64_t task, int32_t worker) {
         double delta = 0, slope_sum = 0;
         for (int64_t d = 0; d < args->head_dim_v; ++d)
             delta += fa_load(args->o.data, args->dtype, o_at + d) * (double)d_o[r * plan->dv_stride + d];
-        if (plan->backward->d_lse.data)
+        if (plan->backward->d_lse.data && lse != -INFINITY)
             delta -=
                 (double)((const real *)plan->backward->d_lse
                              .data)[fa_row_offset(&plan->backward->d_lse, seq->batch_index, block.h, seq->row_q + row)];
@@ -100,7 +100,7 @@ static void naive_bias_task(void *arg, int64_t task, int32_t worker) {
     const fa_bias *d_bias = &plan->backward->d_bias;
     const int64_t heads = d_bias->stride_h ? args->heads_q : 1, rows = d_bias->stride_q ? args->seqlen_q : 1;
     const int64_t row = task % rows, head = task / rows % heads, batch = task / rows / heads;
-    real *sum = plan->scratch + worker * kNaiveRows * naive_scratch_row(plan);
+    double *sum = (double *)(plan->scratch + worker * kNaiveRows * naive_scratch_row(plan)); // its 16 rows hold one
     for (int64_t j = 0; j < fa_max(1, args->seqlen_k); ++j) sum[j] = 0;
     for (int64_t b = d_bias->stride_b ? batch : 0; b < (d_bias->stride_b ? batch + 1 : args->batch); ++b) {
         const fa_sequence seq = fa_sequence_at(args, b);
@@ -108,7 +108,7 @@ static void naive_bias_task(void *arg, int64_t task, int32_t worker) {
             for (int64_t i = d_bias->stride_q ? row : 0; i < fa_min(seq.len_q, d_bias->stride_q ? row + 1 : seq.len_q);
                  ++i) {
                 const real *ds = plan->ds + ((b * args->heads_q + h) * args->seqlen_q + i) * plan->ld;
-                for (int64_t j = 0; j < seq.len_k; ++j) sum[d_bias->stride_k ? j : 0] += ds[j];
+                for (int64_t j = 0; j < seq.len_k; ++j) sum[d_bias->stride_k ? j : 0] += (double)ds[j];
             }
     }
     for (int64_t j = 0; j < (d_bias->stride_k ? args->seqlen_k : 1); ++j)

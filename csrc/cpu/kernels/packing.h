@@ -72,10 +72,17 @@ typedef struct pack_source {
     pack_side side;
     int64_t b, head, row0, n, width;
     fa_sequence seq;
+    const fa_tensor
+        *lse; // where not NULL, a row whose lse is -inf is read as zeros: it takes no gradient, not even NaN
 } pack_source;
 
 static const char *source_row(const pack_source *src, int64_t row) {
+    static const double kZeroRow[FA_MAX_HEAD_DIM];
     const int64_t seq_row = src->side == kSideQ ? src->seq.row_q : src->seq.row_k;
+    if (src->lse) {
+        const int64_t lse_at = fa_row_offset(src->lse, src->seq.batch_index, src->head, seq_row + row);
+        if (((const real *)src->lse->data)[lse_at] == -INFINITY) return (const char *)kZeroRow;
+    }
     const int64_t offset = fa_row_offset(src->tensor, src->seq.batch_index, src->head, seq_row + row);
     return element_at(src->tensor->data, src->args->dtype, offset);
 }

@@ -1,0 +1,116 @@
+"""Scores far outside a model's usual range, gradients that are not finite, sums of very many terms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flash_attention import flash_attention
+from flash_attention.reference import reference_attention
+
+IMPLS = ("fused", "naive", "reference")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def qkv(dtype: torch.dtype, seqlen_q: int, seqlen_k: int, head_dim: int = 16) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, n, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k))
+    return tuple(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_left_padding_by_the_lowest_finite_bias_hides_keys(impl: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(dtype, 40, 600)
+    bias = torch.zeros(1, 1, 1, 600, dtype=dtype)
+    bias[..., :300] = torch.finfo(dtype).min  # the first block of keys is hidden as a whole
+    results = [
+        flash_attention(q, k, v, bias=bias, impl=impl),
+        flash_attention(q, k[:, :, 300:], v[:, :, 300:], impl=impl),
+    ]
+    gradients = [torch.autograd.grad(o.double().square().sum(), (q, k, v)) for o in results]
+    tolerance = {"rtol": 0, "atol": 40 * torch.finfo(dtype).eps}
+    for got, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_of_equal_lowest_scores_is_the_mean_of_v(impl: str) -> None:
+    q, k, v = qkv(torch.float32, 3, 600)
+    bias = torch.full((1, 1, 3, 600), torch.finfo(torch.float32).min)
+    o = flash_attention(q, k, v, bias=bias, impl=impl)
+    torch.testing.assert_close(o, v.mean(dim=2, keepdim=True).expand_as(o), rtol=0, atol=1e-6)
+    d_v = torch.autograd.grad(o.sum(), v)[0]
+    torch.testing.assert_close(d_v, torch.full_like(d_v, 3 / 600), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", (1e4, 4e9, 1e20))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_huge_scores_choose_the_largest(impl: str, scale: float) -> None:
+    q, k, v = (x.detach() for x in qkv(torch.float32, 50, 300))
+    o = flash_attention(q, k, v, softmax_scale=scale, impl=impl)
+    expected, _ = reference_attention(q, k, v, softmax_scale=scale)
+    wrong = (o - expected).abs().amax(-1) > 1e-4
+    assert wrong.double().mean() <= (0.05 if scale == 1e4 else 0.0)  # near ties at 1e4 round either way in float32
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_without_keys_give_no_gradient_even_to_gradients_that_are_not_finite(impl: str) -> None:
+    q, k, v = qkv(torch.float32, 10, 5)
+    o, lse = flash_attention(q, k, v, causal=True, return_lse=True, impl=impl)
+    blind = lse.isinf()
+    assert blind.sum() == 2 * 5
+    d_o = torch.ones_like(o).masked_fill(blind[..., None], math.inf)
+    d_lse = torch.zeros_like(lse).masked_fill(blind, math.nan)
+    got = torch.autograd.grad((o, lse), (q, k, v), (d_o, d_lse))
+    o, lse = flash_attention(q, k, v, causal=True, return_lse=True, impl=impl)
+    finite = (d_o.nan_to_num(posinf=0), torch.zeros_like(lse))
+    for x, y in zip(got, torch.autograd.grad((o, lse), (q, k, v), finite), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", ("fused", "naive"))
+def test_a_bias_of_one_element_sums_all_its_scores(impl: str) -> None:
+    q, k, v = (x.detach() for x in qkv(torch.float32, 4096, 1024))
+    bias = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    _, lse = flash_attention(q, k, v, bias=bias, return_lse=True, impl=impl)
+    d_bias = torch.autograd.grad(lse.sum(), bias)[0]  # each row's P sums to one
+    assert d_bias.item() == pytest.approx(2 * 4096, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ({"softcap": 1e39}, {"softcap": 1e-50}, {"softmax_scale": 1e39}), ids=str)
+def test_options_that_float32_cannot_hold_are_refused(option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="float32 arithmetic"):
+        flash_attention(*qkv(torch.float32, 4, 4), **option)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = qkv(torch.float64, 4, 4)
+    (d_q,) = torch.autograd.grad(flash_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        d_q.square().sum().backward()
+
+
+WRONG_TYPES = {
+    "float window": {"window_size": (1.0, 0)},
+    "no window": {"window_size": (None, 0)},
+    "no softcap": {"softcap": None},
+    "scale as text": {"softmax_scale": "1"},
+    "dropout as text": {"dropout_p": "0.1"},
+    "no impl": {"impl": None},
+    "bias as list": {"bias": [1.0]},
+    "lengths as list": {"seqlens_k": [4]},
+}
+
+
+@pytest.mark.parametrize("option", WRONG_TYPES.values(), ids=WRONG_TYPES)
+def test_options_of_a_wrong_type_are_refused_by_name(option: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=next(iter(option))):
+        flash_attention(*qkv(torch.float32, 4, 4), **option)
+
+
+def test_a_window_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="window_size"):
+        flash_attention(*qkv(torch.float32, 4, 4), window_size=(2**70, 0))
