@@ -158,7 +158,7 @@ def _other_seeds(case: Case, device: str) -> list[Expected]:
 
 def _independent(x: Tensor) -> int:
     """How many errors a tensor holds that are not one and the same: those of a row share its delta."""
-    return x[..., 0].numel() if x.dim() >= 3 else x.numel()
+    return x.shape[:-1].numel() if x.dim() >= 3 else x.numel()
 
 
 def _where(mask: Tensor) -> tuple[int, ...]:
