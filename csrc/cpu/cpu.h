@@ -38,6 +38,14 @@ void fa_cpu_fill_gradient_padding(const fa_backward_args *args);
 extern const fa_cpu_forward fa_reference_forward;
 extern const fa_cpu_backward fa_reference_backward;
 
+// Tasks are counted part by part within a head, head by head within a sequence.
+typedef struct fa_place {
+    int64_t part, head, b;
+} fa_place;
+static inline fa_place fa_place_of(int64_t task, int64_t heads, int64_t parts) {
+    return (fa_place){task % parts, task / parts % heads, task / parts / heads};
+}
+
 // Runs task(arg, index, worker) for every index in [0, count) on the workers: each draws the next index when it is free.
 // worker in [0, fa_worker_count()).
 void fa_parallel_for(const fa_workers *workers, int64_t count, void (*task)(void *arg, int64_t index, int32_t worker),

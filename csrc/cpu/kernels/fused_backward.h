@@ -17,8 +17,8 @@
 static void backward_pack_k_task(void *arg, int64_t task, int32_t worker) {
     const backward_plan *plan = arg;
     const fa_forward_args *forward = &plan->args->forward;
-    const int64_t row0 = task % plan->k_chunks * kPackRows, head = task / plan->k_chunks % forward->heads_kv;
-    const int64_t b = task / plan->k_chunks / forward->heads_kv;
+    const fa_place place = fa_place_of(task, forward->heads_kv, plan->k_chunks);
+    const int64_t row0 = place.part * kPackRows, head = place.head, b = place.b;
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t n = fa_min(kPackRows, seq.len_k - row0);
     operand *scratch = (operand *)backward_scratch_at(plan, worker, NULL).pack;
@@ -44,8 +44,8 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
     const backward_plan *plan = arg;
     const fa_backward_args *args = plan->args;
     const fa_forward_args *forward = &args->forward;
-    const int64_t row0 = task % plan->q_chunks * kPackRows, h = task / plan->q_chunks % forward->heads_q;
-    const int64_t b = task / plan->q_chunks / forward->heads_q;
+    const fa_place place = fa_place_of(task, forward->heads_q, plan->q_chunks);
+    const int64_t row0 = place.part * kPackRows, h = place.head, b = place.b;
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t n = fa_min(kPackRows, seq.len_q - row0), first = packed_first_row(forward, kSideQ, b);
     real *scratch = backward_scratch_at(plan, worker, NULL).pack;
@@ -80,8 +80,8 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
 static void backward_norm_task(void *arg, int64_t task, int32_t worker) {
     const backward_plan *plan = arg;
     const fa_forward_args *forward = &plan->args->forward;
-    const int64_t m0 = task % plan->q_tiles * kGradM, h = task / plan->q_tiles % forward->heads_q;
-    const int64_t b = task / plan->q_tiles / forward->heads_q;
+    const fa_place place = fa_place_of(task, forward->heads_q, plan->q_tiles);
+    const int64_t m0 = place.part * kGradM, h = place.head, b = place.b;
     const score_rule rule = score_rule_of(forward, b, h);
     const int64_t rows = fa_min(kGradM, rule.seq.len_q - m0);
     const real *lse = packed_at(&plan->lse, h, packed_first_row(forward, kSideQ, b) + m0);
@@ -120,8 +120,8 @@ static void store_keys(const backward_plan *plan, const backward_scratch *scratc
 static void backward_keys_task(void *arg, int64_t task, int32_t worker) {
     const backward_plan *plan = arg;
     const fa_forward_args *forward = &plan->args->forward;
-    const int64_t lane = task % plan->key_lanes, h_kv = task / plan->key_lanes % forward->heads_kv;
-    const int64_t b = task / plan->key_lanes / forward->heads_kv, group = forward->heads_q / forward->heads_kv;
+    const fa_place place = fa_place_of(task, forward->heads_kv, plan->key_lanes);
+    const int64_t lane = place.part, h_kv = place.head, b = place.b, group = forward->heads_q / forward->heads_kv;
     const backward_scratch scratch = backward_scratch_at(plan, worker, NULL);
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t q_row = packed_first_row(forward, kSideQ, b);
@@ -155,8 +155,8 @@ static void backward_rows_task(void *arg, int64_t task, int32_t worker) {
     const backward_plan *plan = arg;
     const fa_backward_args *args = plan->args;
     const fa_forward_args *forward = &args->forward;
-    const int64_t row0 = task % plan->q_chunks * kPackRows, h = task / plan->q_chunks % forward->heads_q;
-    const int64_t b = task / plan->q_chunks / forward->heads_q;
+    const fa_place place = fa_place_of(task, forward->heads_q, plan->q_chunks);
+    const int64_t row0 = place.part * kPackRows, h = place.head, b = place.b;
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t first = packed_first_row(forward, kSideQ, b);
     (void)worker;

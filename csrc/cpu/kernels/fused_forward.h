@@ -86,10 +86,10 @@ static forward_plan forward_plan_of(const fa_forward_args *args) {
 static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
     const forward_plan *plan = arg;
     const fa_forward_args *args = plan->args;
-    const int64_t chunk = task % plan->k_chunks, head = task / plan->k_chunks % args->heads_kv;
-    const int64_t b = task / plan->k_chunks / args->heads_kv;
+    const fa_place place = fa_place_of(task, args->heads_kv, plan->k_chunks);
+    const int64_t row0 = place.part * kPackRows, head = place.head, b = place.b;
     const fa_sequence seq = fa_sequence_at(args, b);
-    const int64_t row0 = chunk * kPackRows, n = fa_min(kPackRows, seq.len_k - row0);
+    const int64_t n = fa_min(kPackRows, seq.len_k - row0);
     if (n <= 0) return;
     const forward_scratch scratch =
         forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
@@ -215,8 +215,9 @@ static void forward_finish_row(const fa_forward_args *args, const fa_sequence *s
 static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
     const forward_plan *plan = arg;
     const fa_forward_args *args = plan->args;
-    const int64_t tile = plan->q_tiles - 1 - task % plan->q_tiles; // causal: the longest tiles of a head first
-    const int64_t h = task / plan->q_tiles % args->heads_q, b = task / plan->q_tiles / args->heads_q;
+    const fa_place place = fa_place_of(task, args->heads_q, plan->q_tiles);
+    const int64_t tile = plan->q_tiles - 1 - place.part; // causal: the longest tiles of a head first
+    const int64_t h = place.head, b = place.b;
     const int64_t h_kv = h / (args->heads_q / args->heads_kv), m0 = tile * kBlockM;
     const score_rule rule = score_rule_of(args, b, h);
     const fa_sequence *seq = &rule.seq;

@@ -128,9 +128,8 @@ typedef struct naive_block {
 static naive_block naive_block_of(const naive_plan *plan, int64_t task, int32_t worker) {
     const fa_forward_args *args = plan->args;
     naive_block block;
-    block.row0 = task % plan->row_blocks * kNaiveRows;
-    block.h = task / plan->row_blocks % args->heads_q;
-    block.b = task / plan->row_blocks / args->heads_q;
+    const fa_place place = fa_place_of(task, args->heads_q, plan->row_blocks);
+    block.row0 = place.part * kNaiveRows, block.h = place.head, block.b = place.b;
     block.h_kv = block.h / (args->heads_q / args->heads_kv);
     block.rule = score_rule_of(args, block.b, block.h);
     block.rows = fa_min(kNaiveRows, block.rule.seq.len_q - block.row0);

@@ -84,8 +84,8 @@ static void naive_key_gradient(const naive_plan *plan, const real *matrix, const
 static void naive_d_kv_task(void *arg, int64_t task, int32_t worker) {
     const naive_plan *plan = arg;
     const fa_forward_args *args = plan->args;
-    const int64_t key_blocks = fa_ceil_div(args->seqlen_k, kNaiveRows), key0 = task % key_blocks * kNaiveRows;
-    const int64_t h_kv = task / key_blocks % args->heads_kv, b = task / key_blocks / args->heads_kv;
+    const fa_place place = fa_place_of(task, args->heads_kv, fa_ceil_div(args->seqlen_k, kNaiveRows));
+    const int64_t key0 = place.part * kNaiveRows, h_kv = place.head, b = place.b;
     const fa_sequence seq = fa_sequence_at(args, b);
     real *scratch = plan->scratch + worker * kNaiveRows * naive_scratch_row(plan);
     if (key0 >= seq.len_k) return;
