@@ -203,9 +203,9 @@ struct Request {
         return sizes;
     }
 
-    Tensor empty_lse() const {
-        return at::empty(lse_sizes(), q.options().dtype(args.dtype == FA_FLOAT64 ? at::kDouble : at::kFloat));
-    }
+    at::ScalarType lse_dtype() const { return args.dtype == FA_FLOAT64 ? at::kDouble : at::kFloat; }
+
+    Tensor empty_lse() const { return at::empty(lse_sizes(), q.options().dtype(lse_dtype())); }
 
     Tensor workspace(size_t bytes) {
         Tensor memory = at::empty({static_cast<int64_t>(bytes)}, q.options().dtype(at::kByte));
@@ -256,11 +256,10 @@ void backward_op(const c10::OperatorHandle &, Stack *stack) {
     };
     std::vector<int64_t> o_sizes = request.q.sizes().vec();
     o_sizes.back() = args.head_dim_v;
-    const at::ScalarType lse_dtype = args.dtype == FA_FLOAT64 ? at::kDouble : at::kFloat;
     check_like("o", o, o_sizes, request.q.scalar_type());
     check_like("d_o", d_o, o_sizes, request.q.scalar_type());
-    check_like("lse", lse, request.lse_sizes(), lse_dtype);
-    if (d_lse) check_like("d_lse", *d_lse, request.lse_sizes(), lse_dtype);
+    check_like("lse", lse, request.lse_sizes(), request.lse_dtype());
+    if (d_lse) check_like("d_lse", *d_lse, request.lse_sizes(), request.lse_dtype());
     args.o = tensor_of("o", o, packed), args.lse = lse_tensor(lse, packed);
 
     fa_backward_args backward{};

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attention import ops as _ops  # noqa: F401  registers torch.ops.flash_attention
+from flash_attention import ops as _ops  # registers torch.ops.flash_attention
 
 
 class KernelVerdict(NamedTuple):
@@ -78,13 +78,10 @@ def _request(
     impl: str = "auto",
 ) -> tuple[Any, ...]:
     """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings.cpp)."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _require_type(name, t, (Tensor,), "a tensor")
     lengths = (seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
-    names = ("bias", "alibi_slopes", "sinks", "seqlens_q", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k")
-    for name, t in zip(names, (bias, alibi_slopes, sinks, *lengths), strict=True):
-        if t is not None:
-            _require_type(name, t, (Tensor,), "a tensor or None")
+    for name, t in zip(_ops.TENSOR_NAMES, (q, k, v, bias, alibi_slopes, sinks, *lengths), strict=False):
+        if name in ("q", "k", "v") or t is not None:
+            _require_type(name, t, (Tensor,), "a tensor")
     left, right = window_size
     integers = (
         ("window_size", left),

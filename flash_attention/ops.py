@@ -22,8 +22,8 @@ except ImportError as error:
 __version__: str = _C.version
 
 # The forward op's first arguments, which are tensors or None (the rest are plain values), and positions among them.
-_TENSOR_NAMES = tuple("q k v bias alibi_slopes sinks seqlens_q seqlens_k cu_seqlens_q cu_seqlens_k seed".split())
-_TENSORS = len(_TENSOR_NAMES)
+TENSOR_NAMES = tuple("q k v bias alibi_slopes sinks seqlens_q seqlens_k cu_seqlens_q cu_seqlens_k seed".split())
+_TENSORS = len(TENSOR_NAMES)
 _Q, _K, _V, _BIAS, _SLOPES, _SINKS, _CU_SEQLENS_Q = 0, 1, 2, 3, 4, 5, 8
 
 
@@ -38,7 +38,7 @@ def _empty_in_layout_of(like: Tensor, width: int) -> Tensor:
 @torch.library.register_fake("flash_attention::forward")
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     q, v = args[_Q], args[_V]
-    for name, t in zip(_TENSOR_NAMES, args, strict=False):
+    for name, t in zip(TENSOR_NAMES, args, strict=False):
         if t is not None and t.device != q.device:
             raise ValueError(f"{name} is on {t.device} and q is on {q.device}: all tensors must be on one device")
     packed = args[_CU_SEQLENS_Q] is not None

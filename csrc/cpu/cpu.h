@@ -54,6 +54,10 @@ static inline int32_t fa_worker_count(const fa_workers *workers) {
     return workers->run && workers->count > 1 ? workers->count : 1;
 }
 
+static inline fa_dtype fa_lse_dtype(const fa_forward_args *args) {
+    return args->dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32;
+}
+
 static inline int64_t fa_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t fa_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -22,9 +22,8 @@ static void fill_outside(const fa_forward_args *args, int keys, const fa_tensor 
 }
 
 void fa_cpu_fill_padding(const fa_forward_args *args) {
-    const fa_dtype lse_dtype = args->dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32;
     fill_outside(args, 0, &args->o, args->dtype, args->heads_q, args->head_dim_v, 0);
-    fill_outside(args, 0, &args->lse, lse_dtype, args->heads_q, 1, -INFINITY);
+    fill_outside(args, 0, &args->lse, fa_lse_dtype(args), args->heads_q, 1, -INFINITY);
 }
 
 void fa_cpu_fill_gradient_padding(const fa_backward_args *args) {

@@ -25,8 +25,6 @@ static void put(const fa_forward_args *args, const fa_tensor *t, int64_t batch_i
     fa_store(t->data, args->dtype, fa_row_offset(t, batch_index, head, row) + d, x);
 }
 
-static fa_dtype lse_dtype(const fa_forward_args *args) { return args->dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32; }
-
 static double per_head(const fa_per_head *t, int64_t b, int64_t h, double absent) {
     return t->data ? fa_load(t->data, t->dtype, b * t->stride_b + h * t->stride_h) : absent;
 }
@@ -105,7 +103,8 @@ static void forward_row(row_state *row, const void *context) {
                 probability(row, j) * kept(row, j) * at(args, &args->v, seq->batch_index, row->h_kv, seq->row_k + j, d);
         put(args, &args->o, seq->batch_index, row->h, seq->row_q + row->i, d, o);
     }
-    fa_store(args->lse.data, lse_dtype(args), fa_row_offset(&args->lse, seq->batch_index, row->h, seq->row_q + row->i),
+    fa_store(args->lse.data, fa_lse_dtype(args),
+             fa_row_offset(&args->lse, seq->batch_index, row->h, seq->row_q + row->i),
              row->max + log(row->sum)); // log(0) = -inf
 }
 
@@ -180,8 +179,8 @@ static void backward_row(row_state *row, const void *context) {
         delta += o * at(forward, &args->d_o, seq->batch_index, row->h, row_q, d);
     }
     if (args->d_lse.data)
-        delta -=
-            fa_load(args->d_lse.data, lse_dtype(forward), fa_row_offset(&args->d_lse, seq->batch_index, row->h, row_q));
+        delta -= fa_load(args->d_lse.data, fa_lse_dtype(forward),
+                         fa_row_offset(&args->d_lse, seq->batch_index, row->h, row_q));
 
     double *ds = row->s; // each score is read once more, then gives way to its gradient
     for (int64_t j = row->keys.lo; j < row->keys.hi; ++j) {

@@ -26,7 +26,7 @@ static void backward_pack_k_task(void *arg, int64_t task, int32_t worker) {
     const pack_source v = {forward, &forward->v, kSideK, b, head, row0, n, forward->head_dim_v, seq, NULL};
     pack_panels(pack_target(&plan->k_panels, &k), &k, scratch);
     pack_panels(pack_target(&plan->v_panels, &v), &v, scratch);
-    pack_down(pack_target(&plan->k, &k), plan->k.row_stride, &k, 1);
+    pack_down(pack_target(&plan->k, &k), plan->k.row_stride, &k);
 }
 
 // rowsum(d_o * o) of one row. scratch: two rows of dv_stride.
@@ -55,8 +55,8 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
     pack_along(pack_target(&plan->q, &q), plan->q.row_stride, &q, pack_scale((real)forward->softmax_scale));
     pack_along(pack_target(&plan->d_o, &d_o), plan->d_o.row_stride, &d_o, 1);
     if (kDepth > 1) {
-        pack_down(pack_target(&plan->q_down, &q), plan->q_down.row_stride, &q, 1);
-        pack_down(pack_target(&plan->d_o_down, &d_o), plan->d_o_down.row_stride, &d_o, 1);
+        pack_down(pack_target(&plan->q_down, &q), plan->q_down.row_stride, &q);
+        pack_down(pack_target(&plan->d_o_down, &d_o), plan->d_o_down.row_stride, &d_o);
     }
     const double sink = (double)sink_of(forward, h);
     double d_sink = 0;
@@ -108,12 +108,11 @@ static void store_keys(const backward_plan *plan, const backward_scratch *scratc
     const fa_backward_args *args = plan->args;
     const fa_dtype dtype = args->forward.dtype;
     for (int64_t key = 0; key < fa_min(kGradN, seq->len_k - n0); ++key) {
-        const int64_t k_at = fa_row_offset(&args->d_k, seq->batch_index, h_kv, seq->row_k + n0 + key);
-        const int64_t v_at = fa_row_offset(&args->d_v, seq->batch_index, h_kv, seq->row_k + n0 + key);
-        store_row((char *)args->d_k.data + k_at * fa_dtype_bytes(dtype), scratch->d_k + key * plan->d_stride,
-                  args->forward.head_dim, dtype, product_scale((real)args->forward.softmax_scale));
-        store_row((char *)args->d_v.data + v_at * fa_dtype_bytes(dtype), scratch->d_v + key * plan->dv_stride,
-                  args->forward.head_dim_v, dtype, kept_scale(&args->forward));
+        const int64_t row = seq->row_k + n0 + key;
+        store_tensor_row(&args->d_k, dtype, seq->batch_index, h_kv, row, scratch->d_k + key * plan->d_stride,
+                         args->forward.head_dim, product_scale((real)args->forward.softmax_scale));
+        store_tensor_row(&args->d_v, dtype, seq->batch_index, h_kv, row, scratch->d_v + key * plan->dv_stride,
+                         args->forward.head_dim_v, kept_scale(&args->forward));
     }
 }
 
@@ -167,9 +166,8 @@ static void backward_rows_task(void *arg, int64_t task, int32_t worker) {
             for (int64_t d = 0; d < plan->d_stride; d += kLanes)
                 v_store(sum + d, v_add(v_load(sum + d), v_load(part + d)));
         }
-        const int64_t at = fa_row_offset(&args->d_q, seq.batch_index, h, seq.row_q + row);
-        store_row((char *)args->d_q.data + at * fa_dtype_bytes(forward->dtype), sum, forward->head_dim, forward->dtype,
-                  (real)forward->softmax_scale);
+        store_tensor_row(&args->d_q, forward->dtype, seq.batch_index, h, seq.row_q + row, sum, forward->head_dim,
+                         (real)forward->softmax_scale);
     }
 }
 

@@ -44,8 +44,8 @@ typedef struct forward_plan {
     size_t workspace_bytes;
 } forward_plan;
 
-static forward_scratch forward_scratch_at(const forward_plan *plan, char *base, size_t *bytes) {
-    fa_arena arena = {base, 0};
+static forward_scratch forward_scratch_at(const forward_plan *plan, int32_t worker, size_t *bytes) {
+    fa_arena arena = {plan->scratch ? plan->scratch + (size_t)worker * plan->scratch_bytes : NULL, 0};
     forward_scratch scratch;
     scratch.q = fa_take(&arena, (size_t)(kBlockM * plan->q_units) * sizeof(operand));
     scratch.acc_o = fa_take(&arena, (size_t)(kBlockM * plan->dv_stride) * sizeof(real));
@@ -77,7 +77,7 @@ static forward_plan forward_plan_of(const fa_forward_args *args) {
         plan.k_panels = packed_take(&arena, args, kSideK, args->heads_kv, depth_units(args->head_dim));
         if (!plan.v_in_place) plan.v_rows = packed_take(&arena, args, kSideK, args->heads_kv, plan.dv_stride / kDepth);
     }
-    forward_scratch_at(&plan, NULL, &plan.scratch_bytes);
+    forward_scratch_at(&plan, 0, &plan.scratch_bytes);
     plan.scratch = fa_take(&arena, plan.scratch_bytes * (size_t)fa_worker_count(&args->workers));
     plan.workspace_bytes = arena.used_bytes;
     return plan;
@@ -91,12 +91,11 @@ static void forward_pack_task(void *arg, int64_t task, int32_t worker) {
     const fa_sequence seq = fa_sequence_at(args, b);
     const int64_t n = fa_min(kPackRows, seq.len_k - row0);
     if (n <= 0) return;
-    const forward_scratch scratch =
-        forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
+    const forward_scratch scratch = forward_scratch_at(plan, worker, NULL);
     const pack_source k = {args, &args->k, kSideK, b, head, row0, n, args->head_dim, seq, NULL};
     const pack_source v = {args, &args->v, kSideK, b, head, row0, n, args->head_dim_v, seq, NULL};
     pack_panels(pack_target(&plan->k_panels, &k), &k, scratch.pack);
-    if (!plan->v_in_place) pack_down(pack_target(&plan->v_rows, &v), plan->v_rows.row_stride, &v, 1);
+    if (!plan->v_in_place) pack_down(pack_target(&plan->v_rows, &v), plan->v_rows.row_stride, &v);
 }
 
 // p = dropout(e^(s - m')) over n columns of one row, with the running maximum and sum; o is rescaled where the maximum grew.
@@ -159,7 +158,7 @@ static key_block key_block_at(const forward_plan *plan, const forward_scratch *s
         const pack_source k = {args, &args->k, kSideK, b, h_kv, n0, n, args->head_dim, *seq, NULL};
         const pack_source v = {args, &args->v, kSideK, b, h_kv, n0, n, args->head_dim_v, *seq, NULL};
         pack_panels(scratch->k_block, &k, scratch->pack);
-        if (!plan->v_in_place) pack_down(scratch->v_block, plan->dv_stride / kDepth, &v, 1);
+        if (!plan->v_in_place) pack_down(scratch->v_block, plan->dv_stride / kDepth, &v);
         block.k_panels = scratch->k_block, block.v = scratch->v_block;
     }
     if (plan->v_in_place) {
@@ -205,10 +204,9 @@ static void forward_finish_row(const fa_forward_args *args, const fa_sequence *s
         row_sum = row_sum * weight + real_exp(sink - joint);
         row_max = joint;
     }
-    const int64_t o_at = fa_row_offset(&args->o, seq->batch_index, h, seq->row_q + row);
     const int64_t lse_at = fa_row_offset(&args->lse, seq->batch_index, h, seq->row_q + row);
-    store_row((char *)args->o.data + o_at * fa_dtype_bytes(args->dtype), acc_o, args->head_dim_v, args->dtype,
-              row_sum == 0 ? 0 : weight * kept_scale(args) / row_sum); // a NaN sum stays NaN
+    store_tensor_row(&args->o, args->dtype, seq->batch_index, h, seq->row_q + row, acc_o, args->head_dim_v,
+                     row_sum == 0 ? 0 : weight * kept_scale(args) / row_sum); // a NaN sum stays NaN
     ((real *)args->lse.data)[lse_at] = row_sum == 0 ? -INFINITY : row_max + real_log(row_sum);
 }
 
@@ -221,17 +219,12 @@ static void forward_tile_task(void *arg, int64_t task, int32_t worker) {
     const int64_t h_kv = h / (args->heads_q / args->heads_kv), m0 = tile * kBlockM;
     const score_rule rule = score_rule_of(args, b, h);
     const fa_sequence *seq = &rule.seq;
-    const forward_scratch scratch =
-        forward_scratch_at(plan, plan->scratch + (size_t)worker * plan->scratch_bytes, NULL);
+    const forward_scratch scratch = forward_scratch_at(plan, worker, NULL);
     const int64_t rows = fa_max(0, fa_min(kBlockM, seq->len_q - m0));
 
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t offset = fa_row_offset(&args->q, seq->batch_index, h, seq->row_q + m0 + r);
-        load_along(scratch.q + r * plan->q_units, element_at(args->q.data, args->dtype, offset), args->head_dim,
-                   plan->q_units, args->dtype, pack_scale((real)args->softmax_scale));
-        scratch.row_max[r] = -INFINITY;
-        scratch.row_sum[r] = 0;
-    }
+    const pack_source q = {args, &args->q, kSideQ, b, h, m0, rows, args->head_dim, *seq, NULL};
+    pack_along(scratch.q, plan->q_units, &q, pack_scale((real)args->softmax_scale));
+    for (int64_t r = 0; r < rows; ++r) scratch.row_max[r] = -INFINITY, scratch.row_sum[r] = 0;
     memset(scratch.acc_o, 0, (size_t)(rows * plan->dv_stride) * sizeof(real));
 
     const int64_t col_lo = rows ? fa_visible_keys(args, seq, m0).lo : 0;

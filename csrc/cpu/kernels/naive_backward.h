@@ -57,9 +57,8 @@ static void naive_d_q_task(void *arg, int64_t task, int32_t worker) {
     naive_product(block.rows, plan->d_stride, seq->len_k, ds, plan->ld, 1, packed_at(&plan->k, block.h_kv, block.k_row),
                   plan->d_stride, block.scratch, plan->d_stride, 0);
     for (int64_t r = 0; r < block.rows; ++r) {
-        const int64_t at = fa_row_offset(&plan->backward->d_q, seq->batch_index, block.h, seq->row_q + block.row0 + r);
-        store_row((char *)plan->backward->d_q.data + at * fa_dtype_bytes(args->dtype),
-                  block.scratch + r * plan->d_stride, args->head_dim, args->dtype, (real)args->softmax_scale);
+        store_tensor_row(&plan->backward->d_q, args->dtype, seq->batch_index, block.h, seq->row_q + block.row0 + r,
+                         block.scratch + r * plan->d_stride, args->head_dim, (real)args->softmax_scale);
     }
 }
 
@@ -75,9 +74,8 @@ static void naive_key_gradient(const naive_plan *plan, const real *matrix, const
                       matrix + (b * args->heads_q + h) * args->seqlen_q * plan->ld + key0, 1, plan->ld,
                       packed_at(rows, h, first), rows->row_stride, scratch, rows->row_stride, h > h_kv * group);
     for (int64_t key = 0; key < keys; ++key) {
-        const int64_t at = fa_row_offset(gradient, seq->batch_index, h_kv, seq->row_k + key0 + key);
-        store_row((char *)gradient->data + at * fa_dtype_bytes(args->dtype), scratch + key * rows->row_stride, width,
-                  args->dtype, 1);
+        store_tensor_row(gradient, args->dtype, seq->batch_index, h_kv, seq->row_k + key0 + key,
+                         scratch + key * rows->row_stride, width, 1);
     }
 }
 

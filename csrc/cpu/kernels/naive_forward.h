@@ -36,9 +36,8 @@ static void naive_output_task(void *arg, int64_t task, int32_t worker) {
     naive_product(block.rows, plan->dv_stride, seq->len_k, plan->p + block.matrix, plan->ld, 1,
                   packed_at(&plan->v, block.h_kv, block.k_row), plan->dv_stride, block.scratch, plan->dv_stride, 0);
     for (int64_t r = 0; r < block.rows; ++r) {
-        const int64_t at = fa_row_offset(&args->o, seq->batch_index, block.h, seq->row_q + block.row0 + r);
-        store_row((char *)args->o.data + at * fa_dtype_bytes(args->dtype), block.scratch + r * plan->dv_stride,
-                  args->head_dim_v, args->dtype, 1);
+        store_tensor_row(&args->o, args->dtype, seq->batch_index, block.h, seq->row_q + block.row0 + r,
+                         block.scratch + r * plan->dv_stride, args->head_dim_v, 1);
     }
 }
 

@@ -117,9 +117,8 @@ static void pack_panels(operand *out, const pack_source *src, operand *scratch) 
 }
 
 // row0 is even; columns past width, and the second half of an odd last row's operands, are zero.
-static void pack_down(operand *out, int64_t row_stride, const pack_source *src, real scale) {
+static void pack_down(operand *out, int64_t row_stride, const pack_source *src) {
 #if FA_BF16_OPERANDS
-    (void)scale;
     for (int64_t r = 0; r < src->n; r += 2, out += 2 * row_stride) {
         const uint16_t *row0 = (const uint16_t *)source_row(src, src->row0 + r);
         const uint16_t *row1 = r + 1 < src->n ? (const uint16_t *)source_row(src, src->row0 + r + 1) : NULL;
@@ -128,7 +127,7 @@ static void pack_down(operand *out, int64_t row_stride, const pack_source *src, 
         memset(out + src->width, 0, (size_t)(2 * row_stride - src->width) * sizeof(operand));
     }
 #else
-    pack_along(out, row_stride, src, scale);
+    pack_along(out, row_stride, src, 1);
 #endif
 }
 

@@ -59,6 +59,13 @@ static void store_row(void *dst, const real *src, int64_t n, fa_dtype dtype, rea
     for (; i < n; ++i) fa_store(dst, dtype, i, scale * src[i]);
 }
 
+// Row `row` of a head of t: src[0 ... n), scaled.
+static void store_tensor_row(const fa_tensor *t, fa_dtype dtype, int64_t batch_index, int64_t head, int64_t row,
+                             const real *src, int64_t n, real scale) {
+    const int64_t at = fa_row_offset(t, batch_index, head, row);
+    store_row((char *)t->data + at * fa_dtype_bytes(dtype), src, n, dtype, scale);
+}
+
 // dst[0 ... n) = n elements that lie `stride` apart (0: one element for all).
 static void load_strided(real *dst, const void *src, int64_t n, int64_t stride, fa_dtype dtype) {
     if (stride == 1) {
