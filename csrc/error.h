@@ -4,8 +4,16 @@
 
 #include "flash_attention.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // Stores the sentence (printf's format) and returns status.
 fa_status fa_fail(fa_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+#ifdef __cplusplus
+}
+#endif
 
 #define FA_REQUIRE(condition, ...)                                                                                     \
     do {                                                                                                               \

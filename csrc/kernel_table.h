@@ -4,6 +4,10 @@
 
 #include "flash_attention.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // Reasons for refusing a request, joined by "; ".
 typedef struct fa_reasons {
     char text[512];
@@ -31,4 +35,7 @@ extern const fa_kernel_rows fa_cpu_kernel_rows;
 extern const fa_kernel_rows fa_cuda_kernel_rows;
 #endif
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -8,8 +8,7 @@
 #include <string.h>
 
 #include "flash_attention.h"
-
-static inline int64_t fa_dtype_bytes(fa_dtype dtype) { return dtype == FA_FLOAT64 ? 8 : dtype == FA_FLOAT32 ? 4 : 2; }
+#include "sizes.h"
 
 static inline uint32_t fa_f32_bits(float x) {
     uint32_t bits;

@@ -5,6 +5,7 @@
 #include "cpu/convert.h"
 #include "flash_attention.h"
 #include "sequence.h"
+#include "sizes.h"
 
 #if defined(__x86_64__)
 #define FA_X86 1
@@ -38,40 +39,12 @@ void fa_cpu_fill_gradient_padding(const fa_backward_args *args);
 extern const fa_cpu_forward fa_reference_forward;
 extern const fa_cpu_backward fa_reference_backward;
 
-// Tasks are counted part by part within a head, head by head within a sequence.
-typedef struct fa_place {
-    int64_t part, head, b;
-} fa_place;
-static inline fa_place fa_place_of(int64_t task, int64_t heads, int64_t parts) {
-    return (fa_place){task % parts, task / parts % heads, task / parts / heads};
-}
-
 // Runs task(arg, index, worker) for every index in [0, count) on the workers: each draws the next index when it is free.
 // worker in [0, fa_worker_count()).
 void fa_parallel_for(const fa_workers *workers, int64_t count, void (*task)(void *arg, int64_t index, int32_t worker),
                      void *arg);
 static inline int32_t fa_worker_count(const fa_workers *workers) {
     return workers->run && workers->count > 1 ? workers->count : 1;
-}
-
-static inline fa_dtype fa_lse_dtype(const fa_forward_args *args) {
-    return args->dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32;
-}
-
-static inline int64_t fa_min(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t fa_max(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t fa_round_up(int64_t a, int64_t b) { return fa_ceil_div(a, b) * b; }
-
-// Hands out aligned pieces of a workspace; with base NULL it only counts.
-typedef struct fa_arena {
-    char *base;
-    size_t used_bytes;
-} fa_arena;
-static inline void *fa_take(fa_arena *arena, size_t bytes) {
-    char *piece = arena->base ? arena->base + arena->used_bytes : NULL;
-    arena->used_bytes += (bytes + FA_WORKSPACE_ALIGNMENT - 1) / FA_WORKSPACE_ALIGNMENT * FA_WORKSPACE_ALIGNMENT;
-    return piece;
 }
 
 #endif

@@ -1,0 +1,46 @@
+// What the CUDA rooms know of each other: the kernels behind the table, and how a launch is checked.
+#ifndef FA_CUDA_H
+#define FA_CUDA_H
+
+#include <cuda_runtime.h>
+
+#include "error.h"
+#include "flash_attention.h"
+#include "kernel_table.h"
+#include "sequence.h"
+#include "sizes.h"
+
+#define FA_CUDA_FORWARD(NAME)                                                                                          \
+    size_t fa_cuda_##NAME##_forward_bytes(const fa_forward_args *args);                                                \
+    fa_status fa_cuda_##NAME##_forward(const fa_forward_args *args)
+#define FA_CUDA_BACKWARD(NAME)                                                                                         \
+    size_t fa_cuda_##NAME##_backward_bytes(const fa_backward_args *args);                                              \
+    fa_status fa_cuda_##NAME##_backward(const fa_backward_args *args)
+FA_CUDA_FORWARD(naive);
+FA_CUDA_BACKWARD(naive);
+FA_CUDA_FORWARD(split);
+FA_CUDA_FORWARD(fused);
+FA_CUDA_BACKWARD(fused);
+
+// o = 0, lse = -inf (d_q = d_k = d_v = 0) in the rows that belong to no sequence, which no kernel visits.
+fa_status fa_cuda_fill_padding(const fa_forward_args *args);
+fa_status fa_cuda_fill_gradient_padding(const fa_backward_args *args);
+
+static inline cudaStream_t fa_stream(const fa_forward_args *args) { return (cudaStream_t)args->stream; }
+
+// Stands after every launch. `what` names the kernel.
+static inline fa_status fa_launched(const char *what) {
+    const cudaError_t error = cudaGetLastError();
+    FA_REQUIRE(error == cudaSuccess, FA_ERROR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+    return FA_OK;
+}
+
+// The number of blocks of a one-dimensional grid.
+static inline fa_status fa_grid(int64_t blocks, unsigned *grid) {
+    FA_REQUIRE(blocks <= INT32_MAX, FA_ERROR_UNSUPPORTED, "%lld blocks of threads: a launch takes at most 2^31 - 1",
+               (long long)blocks);
+    *grid = (unsigned)blocks;
+    return FA_OK;
+}
+
+#endif
