@@ -48,6 +48,18 @@ static FA_HOST_DEVICE fa_interval fa_visible_keys(const fa_forward_args *args, c
     return keys;
 }
 
+// The rows that see a key of [key0, key1): what lies between may see other keys, too, but none outside sees these.
+static FA_HOST_DEVICE fa_interval fa_seeing_rows(const fa_forward_args *args, const fa_sequence *seq, int64_t key0,
+                                                 int64_t key1) {
+    const int64_t row0 = key0 - (seq->len_k - seq->len_q), row1 = row0 + key1 - key0; // rows at the keys' positions
+    fa_interval rows = {0, seq->len_q};
+    if (args->window_right >= 0 && args->window_right < row0) rows.lo = row0 - args->window_right;
+    if (args->causal && row0 > rows.lo) rows.lo = row0;
+    if (args->window_left >= 0 && args->window_left < rows.hi - row1) rows.hi = row1 + args->window_left;
+    if (rows.hi < 0) rows.hi = 0;
+    return rows;
+}
+
 // First element of row `row` of head `head`, batch entry `batch_index`, in elements from data.
 static FA_HOST_DEVICE int64_t fa_row_offset(const fa_tensor *t, int64_t batch_index, int64_t head, int64_t row) {
     return batch_index * t->stride_b + head * t->stride_h + row * t->stride_l;

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/cuda.h"
+#include "cuda/ptx/math.cuh"
 #include "philox.h"
 
 template <typename Real>
@@ -42,9 +43,13 @@ __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 
-// e^x for x <= 0 (-inf gives 0): in float by ex2.approx, whose 2^-22 is below what rounding of x leaves.
-__device__ __forceinline__ float exp_of(float x) { return __expf(x); }
+// e^x for x <= 0 (-inf gives 0).
+__device__ __forceinline__ float exp_of(float x) { return ex2_approx(x * 1.44269504f); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+// Rounded on its own: the compiler fuses it with no sum, so that every kernel gives a score the same bits.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
 // What happens to softmax_scale * q_i.k_j of head (b, h) before softmax, and to P after it.
 template <typename Real>
@@ -74,12 +79,12 @@ struct ScoreRule {
     __device__ __forceinline__ Real score(Real s, int64_t row, int64_t col, Real *cap_slope) const {
         *cap_slope = 1;
         if (softcap > 0) {
-            const Real t = tanh_of(s * softcap_inverse);
-            s = softcap * t;
+            const Real t = tanh_of(product(s, softcap_inverse));
+            s = product(softcap, t);
             *cap_slope = 1 - t * t;
         }
         if (bias) s += load<Real>(bias->data, bias->dtype, bias_at + row * bias->stride_q + col * bias->stride_k);
-        if (slope != 0) s -= slope * distance(row, col);
+        if (slope != 0) s -= product(slope, distance(row, col));
         return s;
     }
 
