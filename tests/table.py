@@ -31,6 +31,8 @@ def _cases() -> Iterator[Case]:
         yield case(
             ("f32", "bf16", "f16", "f64")[n % 4], dim, dim_v, batch=1, seqlen_q=19, seqlen_k=70, causal=n % 2 == 1
         )
+    for dtype in DTYPES:
+        yield case(dtype, 512, batch=1, heads_q=1, seqlen_q=150, seqlen_k=203, causal=True)
     # Each feature alone and a few together, in every dtype.
     for dtype in DTYPES:
         feature = {"dtype": dtype, "head_dim": 64, "seqlen_q": 65, "seqlen_k": 97}

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .cases import Case
 from .checks import run
+from .conftest import each_kernel, skip_unless_served
 
 REPEATS = int(os.environ.get("FLASH_ATTENTION_TEST_REPEATS", "20"))
 
-# Large enough that the binding spreads them over threads.
+# Large enough that the binding spreads them over threads, and that a GPU has many blocks at work.
 CASES = (
     Case("f32", 64, seqlen_q=300, seqlen_k=333, causal=True),
     Case(
@@ -33,7 +34,13 @@ CASES = (
     Case("f32", 128, batch=1, heads_q=8, heads_kv=1, seqlen_q=1, seqlen_k=3000, sinks=True),
 )
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-each_impl = pytest.mark.parametrize("impl", ["naive", "fused"])
+each_real_kernel = each_kernel("reference", "auto")
+# All multiprocessors of a GPU, many tiles each.
+LONG = (
+    Case("bf16", 128, heads_q=8, heads_kv=2, seqlen_q=1024, seqlen_k=1024, causal=True, dropout_p=0.1, bias="1hqk"),
+    Case("f32", 64, heads_q=16, seqlen_q=777, seqlen_k=1500, alibi="h", sinks=True),
+    Case("f16", 256, batch=1, heads_q=4, seqlen_q=500, seqlen_k=2000, window=(700, 100), softcap=10.0),
+)
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))]
 
 
-@each_impl
+@pytest.mark.parametrize("impl", ["naive", "fused"])
 @each_case
 def test_the_number_of_threads_changes_no_bit(case: Case, impl: str, threads: None) -> None:
     results = {}
@@ -59,32 +66,42 @@ def test_the_number_of_threads_changes_no_bit(case: Case, impl: str, threads: No
         assert not same_bits(results[1], results[count]), f"{count} threads"
 
 
-@each_impl
+@each_real_kernel
 @each_case
-def test_every_run_gives_the_same_bits(case: Case, impl: str) -> None:
-    inputs = case.inputs()
-    first = run(inputs, impl)
-    for repeat in range(REPEATS):
-        assert not same_bits(first, run(inputs, impl)), f"run {repeat}"
+def test_every_run_gives_the_same_bits(case: Case, device: str, impl: str) -> None:
+    assert_repeated(case, device, impl, REPEATS)
 
 
 @pytest.mark.slow
 @each_case
 def test_two_hundred_runs_give_the_same_bits(case: Case) -> None:
-    inputs = case.inputs()
-    first = run(inputs, "fused")
-    for repeat in range(200):
-        assert not same_bits(first, run(inputs, "fused")), f"run {repeat}"
+    assert_repeated(case, "cpu", "fused", 200)
 
 
-def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
-    wanted = [run(case.inputs(), "fused") for case in CASES]
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["naive", "split", "fused"])
+@pytest.mark.parametrize("case", (*CASES, *LONG), ids=lambda case: case.id)
+def test_two_hundred_runs_on_the_gpu_give_the_same_bits(case: Case, impl: str) -> None:
+    assert_repeated(case, "cuda", impl, 200)
+
+
+def assert_repeated(case: Case, device: str, impl: str, repeats: int) -> None:
+    skip_unless_served(impl, case.dtype)
+    inputs = case.inputs(device)
+    first = run(inputs, impl)
+    for repeat in range(repeats):
+        assert not same_bits(first, run(inputs, impl)), f"run {repeat}"
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(device: str) -> None:
+    wanted = [run(case.inputs(device), "fused") for case in CASES]
     differences: list[str] = []
 
     def work(first: int) -> None:
         for n in range(first, first + 2 * len(CASES)):
             case = CASES[n % len(CASES)]
-            differences.extend(same_bits(wanted[n % len(CASES)], run(case.inputs(), "fused")))
+            differences.extend(same_bits(wanted[n % len(CASES)], run(case.inputs(device), "fused")))
 
     workers = [threading.Thread(target=work, args=(first,)) for first in range(4)]
     for worker in workers:
@@ -94,12 +111,12 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     assert not differences
 
 
-def test_a_sequence_gives_the_same_bits_whatever_its_neighbours() -> None:
+def test_a_sequence_gives_the_same_bits_whatever_its_neighbours(device: str) -> None:
     case = Case("f32", 64, seqlen_q=130, seqlen_k=150, batch=3, causal=True)
-    inputs = case.inputs()
+    inputs = case.inputs(device)
     together = run(inputs, "fused")
     for b in range(3):
-        alone = case.inputs()
+        alone = case.inputs(device)
         alone.leaves = {name: x[b : b + 1].detach().requires_grad_() for name, x in inputs.leaves.items()}
         alone.args = tuple(alone.leaves.values())
         alone.d_o, alone.d_lse = inputs.d_o[b : b + 1], inputs.d_lse[b : b + 1]

@@ -10,21 +10,22 @@ import torch
 from flash_attention import flash_attention
 from flash_attention.reference import reference_attention
 
-IMPLS = ("fused", "naive", "reference")
+from .conftest import each_kernel
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def qkv(dtype: torch.dtype, seqlen_q: int, seqlen_k: int, head_dim: int = 16) -> tuple[torch.Tensor, ...]:
+def qkv(dtype: torch.dtype, seqlen_q: int, seqlen_k: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 2, n, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k))
-    return tuple(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+    shapes = ((1, 2, n, 16) for n in (seqlen_q, seqlen_k, seqlen_k))
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_left_padding_by_the_lowest_finite_bias_hides_keys(impl: str, dtype: torch.dtype) -> None:
-    q, k, v = qkv(dtype, 40, 600)
-    bias = torch.zeros(1, 1, 1, 600, dtype=dtype)
+@each_kernel("auto", backward=True)
+def test_left_padding_by_the_lowest_finite_bias_hides_keys(device: str, impl: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(dtype, 40, 600, device)
+    bias = torch.zeros(1, 1, 1, 600, dtype=dtype, device=device)
     bias[..., :300] = torch.finfo(dtype).min  # the first block of keys is hidden as a whole
     results = [
         flash_attention(q, k, v, bias=bias, impl=impl),
@@ -36,29 +37,35 @@ def test_left_padding_by_the_lowest_finite_bias_hides_keys(impl: str, dtype: tor
         torch.testing.assert_close(got, expected, **tolerance)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_row_of_equal_lowest_scores_is_the_mean_of_v(impl: str) -> None:
-    q, k, v = qkv(torch.float32, 3, 600)
-    bias = torch.full((1, 1, 3, 600), torch.finfo(torch.float32).min)
+@each_kernel("auto")
+def test_a_row_of_equal_lowest_scores_is_the_mean_of_v(device: str, impl: str) -> None:
+    q, k, v = qkv(torch.float32, 3, 600, device)
+    bias = torch.full((1, 1, 3, 600), torch.finfo(torch.float32).min, device=device)
     o = flash_attention(q, k, v, bias=bias, impl=impl)
     torch.testing.assert_close(o, v.mean(dim=2, keepdim=True).expand_as(o), rtol=0, atol=1e-6)
-    d_v = torch.autograd.grad(o.sum(), v)[0]
+
+
+@each_kernel("auto", backward=True)
+def test_a_row_of_equal_lowest_scores_shares_its_gradient_equally(device: str, impl: str) -> None:
+    q, k, v = qkv(torch.float32, 3, 600, device)
+    bias = torch.full((1, 1, 3, 600), torch.finfo(torch.float32).min, device=device)
+    d_v = torch.autograd.grad(flash_attention(q, k, v, bias=bias, impl=impl).sum(), v)[0]
     torch.testing.assert_close(d_v, torch.full_like(d_v, 3 / 600), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scale", (1e4, 4e9, 1e20))
-@pytest.mark.parametrize("impl", IMPLS)
-def test_huge_scores_choose_the_largest(impl: str, scale: float) -> None:
-    q, k, v = (x.detach() for x in qkv(torch.float32, 50, 300))
+@each_kernel("auto")
+def test_huge_scores_choose_the_largest(device: str, impl: str, scale: float) -> None:
+    q, k, v = (x.detach() for x in qkv(torch.float32, 50, 300, device))
     o = flash_attention(q, k, v, softmax_scale=scale, impl=impl)
     expected, _ = reference_attention(q, k, v, softmax_scale=scale)
     wrong = (o - expected).abs().amax(-1) > 1e-4
     assert wrong.double().mean() <= (0.05 if scale == 1e4 else 0.0)  # near ties at 1e4 round either way in float32
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_without_keys_give_no_gradient_even_to_gradients_that_are_not_finite(impl: str) -> None:
-    q, k, v = qkv(torch.float32, 10, 5)
+@each_kernel("auto", backward=True)
+def test_rows_without_keys_give_no_gradient_even_to_gradients_that_are_not_finite(device: str, impl: str) -> None:
+    q, k, v = qkv(torch.float32, 10, 5, device)
     o, lse = flash_attention(q, k, v, causal=True, return_lse=True, impl=impl)
     blind = lse.isinf()
     assert blind.sum() == 2 * 5
@@ -71,10 +78,10 @@ def test_rows_without_keys_give_no_gradient_even_to_gradients_that_are_not_finit
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("impl", ("fused", "naive"))
-def test_a_bias_of_one_element_sums_all_its_scores(impl: str) -> None:
-    q, k, v = (x.detach() for x in qkv(torch.float32, 4096, 1024))
-    bias = torch.zeros(1, 1, 1, 1, requires_grad=True)
+@each_kernel("auto", "reference", backward=True)
+def test_a_bias_of_one_element_sums_all_its_scores(device: str, impl: str) -> None:
+    q, k, v = (x.detach() for x in qkv(torch.float32, 4096, 1024, device))
+    bias = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
     _, lse = flash_attention(q, k, v, bias=bias, return_lse=True, impl=impl)
     d_bias = torch.autograd.grad(lse.sum(), bias)[0]  # each row's P sums to one
     assert d_bias.item() == pytest.approx(2 * 4096, rel=1e-5)

@@ -2,24 +2,19 @@
 
 import pytest
 
+from .conftest import DEVICES, IMPLS
 from .fuzz import failure
 
 CHUNK = 20
+STRETCHES = {"auto": (0, 500), "naive": (500, 600), "reference": (600, 640), "split": (640, 740), "fused": (740, 840)}
 
 
 @pytest.mark.parametrize(
-    ("impl", "first"),
-    [("auto", n) for n in range(0, 500, CHUNK)]
-    + [("naive", n) for n in range(500, 600, CHUNK)]
-    + [("reference", n) for n in range(600, 640, CHUNK)],
+    ("impl", "first"), [(impl, n) for impl, stretch in STRETCHES.items() for n in range(*stretch, CHUNK)]
 )
-def test_random_cases_are_correct(impl: str, first: int) -> None:
-    failures = [text for n in range(first, first + CHUNK) if (text := failure(0, n, "cpu", impl))]
-    assert not failures, "\n\n".join(failures)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("first", range(0, 500, CHUNK))
-def test_random_cases_are_correct_on_the_gpu(first: int) -> None:
-    failures = [text for n in range(first, first + CHUNK) if (text := failure(0, n, "cuda", "auto"))]
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_cases_are_correct(device: str, impl: str, first: int) -> None:
+    if impl not in IMPLS[device]:
+        pytest.skip(f"{impl} does not run on {device}")
+    failures = [text for n in range(first, first + CHUNK) if (text := failure(0, n, device, impl))]
     assert not failures, "\n\n".join(failures)

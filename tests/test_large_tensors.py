@@ -1,0 +1,85 @@
+"""Sizes past what 16 and 32 bits count: launch grids, and offsets into memory.
+
+A part of a large tensor has the results of its small copy, whose offsets are small; that those are right is said
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attention import flash_attention
+
+from .cases import Case
+from .checks import FORWARD_ONLY, assert_correct, run
+from .conftest import IMPLS, each_kernel
+
+ROWS = 70000  # more than a grid has in y or z
+each_gpu_kernel = pytest.mark.parametrize("impl", [impl for impl in IMPLS["cuda"] if impl != "auto"] or ["fused"])
+
+
+@each_kernel("auto", "reference")
+@pytest.mark.parametrize("sizes", [(ROWS, 1, 1), (1, ROWS, ROWS), (ROWS // 10, 10, 2)], ids=str)
+def test_many_heads_and_sequences(sizes: tuple[int, int, int], device: str, impl: str) -> None:
+    batch, heads_q, heads_kv = sizes
+    case = Case("f32", 8, batch=batch, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=1, seqlen_k=3, causal=True)
+    assert_correct(run(case.inputs(device), impl), case, device)
+
+
+@pytest.mark.gpu
+@each_gpu_kernel
+def test_more_tiles_than_a_grid_has_in_y(impl: str) -> None:
+    q, k, v = (normal(1, 1, length, 8) for length in (65536 * 128 + 1, 5, 5))
+    o, lse = flash_attention(q, k, v, return_lse=True, impl=impl)
+    last_o, last_lse = flash_attention(q[:, :, -1000:], k, v, return_lse=True, impl=impl)
+    assert torch.equal(o[:, :, -1000:], last_o)
+    assert torch.equal(lse[:, :, -1000:], last_lse)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def results(impl: str, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> list[Tensor]:
+    """o, lse and, where the kernel has a backward, d_q, d_k, d_v."""
+    leaves = [x.detach().requires_grad_(impl not in FORWARD_ONLY) for x in (q, k, v)]
+    o, lse = flash_attention(*leaves, return_lse=True, impl=impl)
+    gradients = torch.autograd.grad(o, leaves, d_o) if o.requires_grad else ()
+    return [x.detach() for x in (o, lse, *gradients)]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@each_gpu_kernel
+@pytest.mark.parametrize("axis", ["batch", "heads", "rows"])
+def test_strides_beyond_32_bits(axis: str, impl: str) -> None:
+    shape = (2, 3, 70, 64)
+    strides = [3 * 70 * 64, 70 * 64, 64, 1]
+    long = ("batch", "heads", "rows").index(axis)
+    strides[long] = 2**31 // (shape[long] - 1) // 64 * 64 + 2**16  # the last step ends past 2^31 elements
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    memory = torch.empty(span + 3 * 2**18, dtype=torch.bfloat16, device="cuda")  # 4 GiB
+    views = [memory.as_strided(shape, strides, n * 2**18) for n in range(4)]  # q, k, v and d_o, side by side
+    for view in views:
+        view.copy_(normal(*shape))
+    for x, y in zip(results(impl, *views), results(impl, *(view.contiguous() for view in views)), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@each_gpu_kernel
+def test_results_of_more_than_32_bits(impl: str) -> None:
+    heads, seqlen_q, seqlen_k, head_dim = 520, 33000, 16, 128
+    assert heads * seqlen_q * head_dim > 2**31
+    # One head of q and one row of d_o serve all: o and d_q are what takes 4 GiB each.
+    q = normal(1, 1, seqlen_q, head_dim).expand(1, heads, -1, -1)
+    d_o = normal(1, 1, 1, head_dim).expand(1, heads, seqlen_q, -1)
+    k, v = normal(1, heads, seqlen_k, head_dim), normal(1, heads, seqlen_k, head_dim)
+    got = results(impl, q, k, v, d_o)
+    for h in (0, heads // 2, heads - 1):
+        alone = results(impl, *(x[:, h : h + 1] for x in (q, k, v, d_o)))
+        for x, y in zip(got, alone, strict=True):
+            torch.testing.assert_close(x[:, h : h + 1], y, rtol=2e-2, atol=1e-3)
