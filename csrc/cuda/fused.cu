@@ -5,7 +5,9 @@
 //
 // A block of 128 threads takes kBlockM rows of Q of one head and walks over the keys that they see, kBlockN at a time:
 //
-//   load Q | load K, V | S = Q K^T | mask, softmax: S -> P, in registers | P -> smem | O += P V | load K, V | ...
+//   load Q, K | load V ...
+//             | S = Q K^T | load next K ...
+//                         | mask, softmax: S -> P, in registers | P -> smem | O += P V | load next V ...
 //
 // The lanes that share a row are neighbours in a warp, so its maximum and sum are three shuffles; P is read by the warp
 // that wrote it. Two blocks share an SM: one computes while the other loads.
@@ -14,7 +16,7 @@
 #include "cuda/scores.cuh"
 
 // kRows x kCols scores and kRows x kDim / 8 outputs a thread: as many as the registers hold, since each vector read from
-// shared memory costs four cycles of the SM and serves only as many fma as the tile is wide. K's tile gives way to V's.
+// shared memory costs four cycles of the SM and serves only as many fma as the tile is wide.
 // kWide: rows of any head_dim; Q and K pass in chunks, and the block makes one slice of kDim columns of O.
 template <typename Real_, int kDim_, int kRows_, int kCols_, bool kWide_>
 struct ForwardTile {
@@ -24,10 +26,11 @@ struct ForwardTile {
     static constexpr bool kWide = kWide_;
     struct WholeRows {
         Tile<Real, kBlockM, kDim> q;
+        Tile<Real, kBlockN, kDim> k;
     };
     struct Smem {
         std::conditional_t<kWide, Chunks<Real, kBlockM, kBlockN>, WholeRows> rows;
-        Tile<Real, kBlockN, kDim> kv;
+        Tile<Real, kBlockN, kDim> v;
         Tile<Real, kBlockM, kBlockN, true> p;
     };
 };
@@ -72,14 +75,19 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
     }
     if constexpr (!T::kWide) load_tile(smem.rows.q, q, row0, row_end);
 
-    for (int64_t n0 = first.lo / T::kBlockN * T::kBlockN; n0 < last.hi; n0 += T::kBlockN) {
+    const int64_t first_key = first.lo / T::kBlockN * T::kBlockN;
+    if constexpr (!T::kWide) load_tile(smem.rows.k, k, first_key, seq.len_k);
+    for (int64_t n0 = first_key; n0 < last.hi; n0 += T::kBlockN) {
+        cp_async_wait<0>();
+        __syncthreads(); // Q and K are there, V was read
+        load_tile(smem.v, v, n0, seq.len_k, slice_col);
         Real acc_s[kRows][kCols] = {};
         if constexpr (T::kWide) {
             multiply_chunks(acc_s, smem.rows, q, row0, row_end, k, n0, seq.len_k, lane);
         } else {
-            load_tile(smem.kv, k, n0, seq.len_k);
-            __syncthreads(); // Q and K are there
-            multiply_nt(acc_s, smem.rows.q, smem.kv, depth, lane);
+            multiply_nt(acc_s, smem.rows.q, smem.rows.k, depth, lane);
+            __syncthreads(); // K was read: the next one takes its place
+            load_tile(smem.rows.k, k, n0 + T::kBlockN, last.hi);
         }
         const int64_t col0 = n0 + lane.x;
         const bool whole = full && last.lo <= n0 && n0 + T::kBlockN <= first.hi;
@@ -108,11 +116,9 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
                 smem.p.row(lane.row<kRows>(i))[lane.col(j)] = dropped >> (kCols * i + j) & 1 ? 0 : p;
             }
         }
-        if constexpr (!T::kWide) __syncthreads(); // K was read: V takes its place
-        load_tile(smem.kv, v, n0, seq.len_k, slice_col);
-        __syncthreads(); // V is there, and P
-        multiply_nn<T::kBlockN>(acc_o, smem.p, smem.kv, lane);
-        __syncthreads(); // V was read: the next K takes its place
+        cp_async_wait<T::kWide ? 0 : 1>();
+        __syncthreads(); // V is there
+        multiply_nn<T::kBlockN>(acc_o, smem.p, smem.v, lane);
     }
 
     const Rows<Real> o(args.o, args.dtype, seq.batch_index, h, seq.row_q, args.head_dim_v);
@@ -159,7 +165,7 @@ static fa_status launch(const fa_forward_args *args) {
 template <bool kModified>
 static fa_status by_head_dim(const fa_forward_args *args) {
     using Tile64 = ForwardTile<float, 64, 8, kModified ? 4 : 8, false>;
-    using Tile128 = ForwardTile<float, 128, 4, 8, false>;
+    using Tile128 = ForwardTile<float, 128, 4, 6, false>;
     using Wide = ForwardTile<float, 128, 4, 8, true>;
     const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
     if (dim <= 64 && fits<Tile64, kModified>()) return launch<Tile64, kModified>(args);

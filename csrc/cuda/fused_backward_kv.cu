@@ -1,7 +1,8 @@
 // dK and dV: a block owns kBlockN keys of one key/value head and walks over the rows of its query heads that see them.
 //
-//   load K, V | load Q, dO, row values | S^T = K Q^T, dP^T = V dO^T | P^T, dS^T in registers | P^T -> smem | dV += P^T dO |
-//   dS^T -> smem | dK += dS^T Q | load Q, dO, ... | the next query head
+//   load K, V, dO | load Q, row values | S^T = K Q^T, dP^T = V dO^T | P^T, dS^T in registers | P^T -> smem | dV += P^T dO
+//                 | load next dO ...
+//                 | dS^T -> smem | dK += dS^T Q | load Q, row values | ...                       query head by query head
 #include "cuda/fused_backward.cuh"
 
 #include <type_traits>
@@ -63,60 +64,69 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_tile(smem.rows.v, v, key0, key_end);
     }
 
-    for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+    const int64_t m_turns = fa_max(0, fa_ceil_div(rows.hi - first_block, kBlockM)), turns = group * m_turns;
+    const auto load_d_o = [&](int64_t turn) {
+        if (turn == turns) return;
+        const int64_t h = h_kv * group + turn / m_turns;
+        const Rows<Real> d_o(args.d_o, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim_v);
+        load_tile(smem.d_o, d_o, first_block + turn % m_turns * kBlockM, seq.len_q, slice_col,
+                  row_values<Real>(forward, seq, plan, b, h).lse);
+    };
+    if (turns > 0) load_d_o(0);
+    for (int64_t turn = 0; turn < turns; ++turn) { // query head by query head
+        const int64_t h = h_kv * group + turn / m_turns, m0 = first_block + turn % m_turns * kBlockM;
         const ScoreRule<Real> rule(forward, seq, b, h);
         const RowValues<Real> of_row = row_values<Real>(forward, seq, plan, b, h);
         const Rows<Real> q(forward.q, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim);
-        const Rows<Real> d_o(args.d_o, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim_v);
-        for (int64_t m0 = first_block; m0 < rows.hi; m0 += kBlockM) {
-            __syncthreads(); // Q, dO and the row values of the turn before were read
-            load_tile(smem.q, q, m0, seq.len_q, slice_col);
-            load_tile(smem.d_o, d_o, m0, seq.len_q, slice_col, of_row.lse);
-            for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
-                const bool is_row = m0 + i < seq.len_q;
-                smem.lse[i] = is_row ? of_row.lse[m0 + i] : infinity(Real());
-                smem.correction[i] = is_row ? of_row.correction[m0 + i] : 0;
-                smem.delta[i] = is_row ? of_row.delta[m0 + i] : 0;
-            }
-            __syncthreads(); // they are there (K and V, too)
-
-            Real acc_s[kRows][kCols] = {}, acc_dp[kRows][kCols] = {};
-            if constexpr (T::kWide) {
-                multiply_chunks(acc_s, smem.rows, k, key0, key_end, q, m0, seq.len_q, lane);
-                multiply_chunks(acc_dp, smem.rows, v, key0, key_end, d_o, m0, seq.len_q, lane,
-                                static_cast<const Real *>(nullptr), of_row.lse);
-            } else {
-                multiply_nt(acc_s, smem.rows.k, smem.q, depth, lane);
-                multiply_nt(acc_dp, smem.rows.v, smem.d_o, depth_v, lane);
-            }
-
-            const int64_t last_row = fa_min(m0 + kBlockM, seq.len_q) - 1;
-            const bool whole = m0 + kBlockM <= seq.len_q && fa_visible_keys(&forward, &seq, last_row).lo <= key0 &&
-                               key0 + T::kBlockN <= fa_visible_keys(&forward, &seq, m0).hi;
-            const int64_t thread_key = key0 + lane.row<kRows>(0);
-            const uint64_t dropped = kModified ? dropped_entries<kRows, kCols, true>(rule, thread_key, m0 + lane.x) : 0;
-#pragma unroll
-            for (int j = 0; j < kCols; ++j) {
-                const int row = lane.col(j);
-                const Span keys = span_of(forward, seq, m0 + row, thread_key, whole);
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) {
-                    gradient_of<kModified>(rule, acc_s[i][j], acc_dp[i][j], m0 + row, thread_key, kLanesY * i, keys,
-                                           scale, smem.lse[row], smem.correction[row], smem.delta[row],
-                                           dropped >> (kCols * i + j) & 1, keep);
-                    smem.p.row(lane.row<kRows>(i))[row] = acc_s[i][j];
-                }
-            }
-            __syncwarp(); // P^T is there
-            multiply_nn<kBlockM>(acc_dv, smem.p, smem.d_o, lane);
-            __syncwarp(); // P^T was read: dS^T takes its place
-#pragma unroll
-            for (int i = 0; i < kRows; ++i)
-#pragma unroll
-                for (int j = 0; j < kCols; ++j) smem.p.row(lane.row<kRows>(i))[lane.col(j)] = acc_dp[i][j];
-            __syncwarp(); // dS^T is there
-            multiply_nn<kBlockM>(acc_dk, smem.p, smem.q, lane);
+        __syncthreads(); // Q, dS^T and the row values of the turn before were read
+        load_tile(smem.q, q, m0, seq.len_q, slice_col);
+        for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
+            const bool is_row = m0 + i < seq.len_q;
+            smem.lse[i] = is_row ? of_row.lse[m0 + i] : infinity(Real());
+            smem.correction[i] = is_row ? of_row.correction[m0 + i] : 0;
+            smem.delta[i] = is_row ? of_row.delta[m0 + i] : 0;
         }
+        cp_async_wait<0>();
+        __syncthreads(); // they are there (dO, K and V, too)
+
+        Real acc_s[kRows][kCols] = {}, acc_dp[kRows][kCols] = {};
+        if constexpr (T::kWide) {
+            multiply_chunks(acc_s, smem.rows, k, key0, key_end, q, m0, seq.len_q, lane);
+            const Rows<Real> d_o(args.d_o, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim_v);
+            multiply_chunks(acc_dp, smem.rows, v, key0, key_end, d_o, m0, seq.len_q, lane,
+                            static_cast<const Real *>(nullptr), of_row.lse);
+        } else {
+            multiply_nt(acc_s, smem.rows.k, smem.q, depth, lane);
+            multiply_nt(acc_dp, smem.rows.v, smem.d_o, depth_v, lane);
+        }
+
+        const int64_t last_row = fa_min(m0 + kBlockM, seq.len_q) - 1;
+        const bool whole = m0 + kBlockM <= seq.len_q && fa_visible_keys(&forward, &seq, last_row).lo <= key0 &&
+                           key0 + T::kBlockN <= fa_visible_keys(&forward, &seq, m0).hi;
+        const int64_t thread_key = key0 + lane.row<kRows>(0);
+        const uint64_t dropped = kModified ? dropped_entries<kRows, kCols, true>(rule, thread_key, m0 + lane.x) : 0;
+#pragma unroll
+        for (int j = 0; j < kCols; ++j) {
+            const int row = lane.col(j);
+            const Span keys = span_of(forward, seq, m0 + row, thread_key, whole);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                gradient_of<kModified>(rule, acc_s[i][j], acc_dp[i][j], m0 + row, thread_key, kLanesY * i, keys, scale,
+                                       smem.lse[row], smem.correction[row], smem.delta[row],
+                                       dropped >> (kCols * i + j) & 1, keep);
+                smem.p.row(lane.row<kRows>(i))[row] = acc_s[i][j];
+            }
+        }
+        __syncwarp(); // P^T is there
+        multiply_nn<kBlockM>(acc_dv, smem.p, smem.d_o, lane);
+        __syncthreads(); // P^T and dO were read: dS^T and the next dO take their places
+        load_d_o(turn + 1);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kCols; ++j) smem.p.row(lane.row<kRows>(i))[lane.col(j)] = acc_dp[i][j];
+        __syncwarp(); // dS^T is there
+        multiply_nn<kBlockM>(acc_dk, smem.p, smem.q, lane);
     }
 
     const Rows<Real> d_k(args.d_k, forward.dtype, seq.batch_index, h_kv, seq.row_k, forward.head_dim);

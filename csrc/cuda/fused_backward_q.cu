@@ -1,6 +1,7 @@
 // dQ and d_alibi_slopes: a block owns kBlockM rows of one query head and walks over the keys that they see.
 //
-//   load Q, dO, row values | load K, V | S = Q K^T, dP = dO V^T | dS in registers | dS -> smem | dQ += dS K | load K, V | ...
+//   load Q, dO, V, row values | load K | S = Q K^T, dP = dO V^T | load next V ...
+//                                                               | dS in registers | dS -> smem | dQ += dS K | load K | ...
 #include <type_traits>
 
 #include "cuda/fused_backward.cuh"
@@ -82,17 +83,21 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_tile(smem.rows.d_o, d_o, row0, row_end, 0, of_row.lse);
     }
 
-    for (int64_t n0 = first.lo / T::kBlockN * T::kBlockN; n0 < last.hi; n0 += T::kBlockN) {
+    const int64_t first_key = first.lo / T::kBlockN * T::kBlockN;
+    if constexpr (!T::kWide) load_tile(smem.rows.v, v, first_key, seq.len_k);
+    for (int64_t n0 = first_key; n0 < last.hi; n0 += T::kBlockN) {
         load_tile(smem.k, k, n0, seq.len_k, slice_col);
+        cp_async_wait<0>();
+        __syncthreads(); // Q, dO, K and V are there
         Real acc_s[kRows][kCols] = {}, acc_dp[kRows][kCols] = {};
         if constexpr (T::kWide) {
             multiply_chunks(acc_s, smem.rows, q, row0, row_end, k, n0, seq.len_k, lane);
             multiply_chunks(acc_dp, smem.rows, d_o, row0, row_end, v, n0, seq.len_k, lane, of_row.lse);
         } else {
-            load_tile(smem.rows.v, v, n0, seq.len_k);
-            __syncthreads(); // Q, dO, K and V are there
             multiply_nt(acc_s, smem.rows.q, smem.k, depth, lane);
             multiply_nt(acc_dp, smem.rows.d_o, smem.rows.v, depth_v, lane);
+            __syncthreads(); // V was read: the next one takes its place
+            load_tile(smem.rows.v, v, n0 + T::kBlockN, last.hi);
         }
 
         const bool whole = full && last.lo <= n0 && n0 + T::kBlockN <= first.hi;
@@ -113,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         __syncwarp(); // dS is there
         multiply_nn<T::kBlockN>(acc_dq, smem.ds, smem.k, lane);
-        __syncthreads(); // K and V were read: the next ones take their place
+        __syncthreads(); // K was read: the next one takes its place
     }
 
     const Rows<Real> d_q(args.d_q, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim);

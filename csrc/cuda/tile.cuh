@@ -13,6 +13,7 @@
 #define FA_TILE_CUH
 
 #include "cuda/device.cuh"
+#include "cuda/ptx/cp_async.cuh"
 
 // Bytes of shared memory a block: two blocks to an SM of Hopper; what every GPU from sm_80 on has.
 constexpr size_t kHalfOfHopper = 113 * 1024, kAnyGpu = 99 * 1024;
@@ -57,7 +58,7 @@ template <typename Real, int kRows, int kCols, typename TileA, typename TileB>
 __device__ __forceinline__ void multiply_nt(Real (&acc)[kRows][kCols], const TileA &a, const TileB &b, int depth,
                                             const Lane &lane) {
     const Real *a_row = a.row(lane.row<kRows>(0)), *b_row = b.row(lane.col(0));
-#pragma unroll 2
+#pragma unroll 1
     for (int d = 0; d < depth; d += kVec<Real>) {
         Vec<Real> a_vec[kRows];
 #pragma unroll
@@ -78,7 +79,7 @@ template <int kDepth, typename Real, int kRows, int kCols, typename TileA, typen
 __device__ __forceinline__ void multiply_nn(Real (&acc)[kRows][kCols], const TileA &a, const TileB &b,
                                             const Lane &lane) {
     const Real *a_row = a.row(lane.row<kRows>(0)), *b_col = b.row(0) + lane.x * kVec<Real>;
-#pragma unroll 2
+#pragma unroll 1
     for (int d = 0; d < kDepth; d += kVec<Real>) {
         Vec<Real> a_vec[kRows];
 #pragma unroll
@@ -99,7 +100,21 @@ __device__ __forceinline__ void multiply_nn(Real (&acc)[kRows][kCols], const Til
 
 // ---- between global memory and tiles --------------------------------------------------------------------------------
 
-// Rows of one head of one sequence in global memory. `vectors`: kVec elements at a time are aligned.
+// The two floats behind 32 bits of a 16-bit dtype.
+__device__ __forceinline__ float2 unpack(uint32_t bits, fa_dtype dtype) {
+    if (dtype == FA_FLOAT16) return __half22float2(reinterpret_cast<const __half2 &>(bits));
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, fa_dtype dtype) {
+    if (dtype == FA_FLOAT16) {
+        const __half2 halves = __floats2half2_rn(low, high);
+        return reinterpret_cast<const uint32_t &>(halves);
+    }
+    const __nv_bfloat162 halves = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t &>(halves);
+}
+
+// Rows of one head of one sequence in global memory. `vectors`: rows are made of 16 bytes, aligned.
 template <typename Real>
 struct Rows {
     char *data;
@@ -111,82 +126,79 @@ struct Rows {
     __device__ Rows(const fa_tensor &t, fa_dtype type, int64_t batch_index, int64_t head, int64_t row0, int64_t columns)
         : data(static_cast<char *>(t.data) + fa_row_offset(&t, batch_index, head, row0) * fa_dtype_bytes(type)),
           dtype(type), stride(t.stride_l), width(static_cast<int>(columns)),
-          vectors(columns % kVec<Real> == 0 &&
-                  (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * fa_dtype_bytes(type))) %
-                          (kVec<Real> * fa_dtype_bytes(type)) ==
-                      0) {}
+          vectors((reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * fa_dtype_bytes(type)) |
+                   static_cast<uintptr_t>(columns * fa_dtype_bytes(type))) %
+                      16 ==
+                  0) {}
 
-    __device__ __forceinline__ Vec<Real> load_vec(int64_t row, int col) const {
-        const int64_t index = row * stride + col;
-        Vec<Real> v;
-        if constexpr (sizeof(Real) == 8) {
-            v = *reinterpret_cast<const Vec<Real> *>(data + index * 8);
-        } else if (dtype == FA_FLOAT32) {
-            v = *reinterpret_cast<const Vec<Real> *>(data + index * 4);
-        } else {
-            const uint2 bits = *reinterpret_cast<const uint2 *>(data + index * 2);
-            if (dtype == FA_FLOAT16) {
-                const float2 low = __half22float2(reinterpret_cast<const __half2 &>(bits.x));
-                const float2 high = __half22float2(reinterpret_cast<const __half2 &>(bits.y));
-                v = {low.x, low.y, high.x, high.y};
-            } else {
-                v = {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xFFFF0000u),
-                     __uint_as_float(bits.y << 16), __uint_as_float(bits.y & 0xFFFF0000u)};
-            }
-        }
-        return v;
+    __device__ __forceinline__ char *at(int64_t row, int col) const {
+        return data + (row * stride + col) * fa_dtype_bytes(dtype);
     }
 
+    // Columns [col, col + kVec) of a row, cut at the width.
     __device__ __forceinline__ void store_vec(int64_t row, int col, const Vec<Real> &v) const {
-        const int64_t index = row * stride + col;
+        if (col >= width) return;
         if (vectors && fa_dtype_bytes(dtype) == sizeof(Real)) {
-            if (col < width) *reinterpret_cast<Vec<Real> *>(data + index * sizeof(Real)) = v;
+            *reinterpret_cast<Vec<Real> *>(at(row, col)) = v;
+        } else if (vectors && kVec<Real> == 4) {
+            *reinterpret_cast<uint2 *>(at(row, col)) =
+                make_uint2(pack(float(v.x[0]), float(v.x[1]), dtype),
+                           pack(float(v.x[kVec<Real> - 2]), float(v.x[kVec<Real> - 1]), dtype));
         } else {
 #pragma unroll
             for (int c = 0; c < kVec<Real>; ++c)
-                if (col + c < width) store(data, dtype, index + c, v.x[c]);
+                if (col + c < width) store(data, dtype, row * stride + col + c, v.x[c]);
         }
     }
 };
 
 // tile = rows [row0, row0 + kHeight) of src from column col0 on; 0 beyond row_end, beyond src's width, and in rows whose
-// `row_lse` is +inf (they have no gradient, whatever stands in d_o).
+// `row_lse` is +inf (they have no gradient, whatever stands in d_o). A group of copies: cp_async_wait, then a barrier.
 template <typename Real, int kHeight, int kWidth>
 __device__ __forceinline__ void load_tile(Tile<Real, kHeight, kWidth> &tile, const Rows<Real> &src, int64_t row0,
                                           int64_t row_end, int col0 = 0, const Real *row_lse = nullptr) {
-    constexpr int kVecs = kWidth / kVec<Real>, kBatch = 4; // kBatch loads are in flight
-    const auto each = [&](auto &&load_at) {
-        for (int first = threadIdx.x; first < kHeight * kVecs; first += kBatch * kThreads) {
-            Vec<Real> v[kBatch];
+    const auto is_valid = [&](int64_t row, int col) {
+        return row < row_end && col < src.width && !(row_lse && row_lse[row] == infinity(Real()));
+    };
+    if (src.vectors && fa_dtype_bytes(src.dtype) == sizeof(Real)) {
+        constexpr int kVecs = kWidth / kVec<Real>;
+#pragma unroll 4
+        for (int index = threadIdx.x; index < kHeight * kVecs; index += kThreads) {
+            const int r = index / kVecs, col = col0 + index % kVecs * kVec<Real>;
+            const bool valid = is_valid(row0 + r, col);
+            cp_async_16(tile.row(r) + index % kVecs * kVec<Real>, valid ? src.at(row0 + r, col) : src.data, valid);
+        }
+    } else if (src.vectors && sizeof(Real) == 4) {      // eight 16-bit elements make two vectors
+        constexpr int kEights = kWidth / 8, kBatch = 4; // kBatch loads are in flight
+        for (int first = threadIdx.x; first < kHeight * kEights; first += kBatch * kThreads) {
+            uint4 bits[kBatch];
 #pragma unroll
             for (int n = 0; n < kBatch; ++n) {
-                const int index = first + n * kThreads;
-                const int64_t row = row0 + index / kVecs;
-                const int col = col0 + index % kVecs * kVec<Real>;
-                v[n] = {};
-                if (index < kHeight * kVecs && row < row_end && col < src.width &&
-                    !(row_lse && row_lse[row] == infinity(Real())))
-                    v[n] = load_at(row, col);
+                const int index = first + n * kThreads, r = index / kEights, col = col0 + index % kEights * 8;
+                bits[n] = make_uint4(0, 0, 0, 0);
+                if (index < kHeight * kEights && is_valid(row0 + r, col))
+                    bits[n] = *reinterpret_cast<const uint4 *>(src.at(row0 + r, col));
             }
 #pragma unroll
             for (int n = 0; n < kBatch; ++n) {
                 const int index = first + n * kThreads;
-                if (index < kHeight * kVecs)
-                    *reinterpret_cast<Vec<Real> *>(tile.row(index / kVecs) + index % kVecs * kVec<Real>) = v[n];
+                if (index >= kHeight * kEights) break;
+                float4 *to = reinterpret_cast<float4 *>(tile.row(index / kEights) + index % kEights * 8);
+                const float2 a = unpack(bits[n].x, src.dtype), b = unpack(bits[n].y, src.dtype);
+                const float2 c = unpack(bits[n].z, src.dtype), d = unpack(bits[n].w, src.dtype);
+                to[0] = make_float4(a.x, a.y, b.x, b.y);
+                to[1] = make_float4(c.x, c.y, d.x, d.y);
             }
         }
-    };
-    if (src.vectors) {
-        each([&](int64_t row, int col) { return src.load_vec(row, col); });
     } else {
-        each([&](int64_t row, int col) {
-            Vec<Real> v = {};
-#pragma unroll
-            for (int c = 0; c < kVec<Real>; ++c)
-                if (col + c < src.width) v.x[c] = load<Real>(src.data, src.dtype, row * src.stride + col + c);
-            return v;
-        });
+#pragma unroll 4
+        for (int index = threadIdx.x; index < kHeight * kWidth; index += kThreads) {
+            const int r = index / kWidth, col = col0 + index % kWidth;
+            tile.row(r)[index % kWidth] =
+                is_valid(row0 + r, col) ? load<Real>(src.data, src.dtype, (row0 + r) * src.stride + col) : Real(0);
+        }
     }
+    cp_async_commit();
 }
 
 // ---- rows too wide for shared memory ----------------------------------------------------------------------------------
@@ -209,6 +221,7 @@ __device__ __forceinline__ void multiply_chunks(Real (&acc)[kRows][kCols], Chunk
         __syncthreads(); // the chunk before was read
         load_tile(chunks.a, a, a0, a_end, d, a_lse);
         load_tile(chunks.b, b, b0, b_end, d, b_lse);
+        cp_async_wait<0>();
         __syncthreads(); // the chunk is there
         multiply_nt(acc, chunks.a, chunks.b, kChunk, lane);
     }

@@ -1,0 +1,22 @@
+// Copies from global to shared memory that pass no register and that no thread waits for (PTX ISA, "cp.async").
+#ifndef FA_PTX_CP_ASYNC_CUH
+#define FA_PTX_CP_ASYNC_CUH
+
+// 16 bytes, both addresses aligned to them; zeros, and nothing is read, unless `valid`.
+__device__ __forceinline__ void cp_async_16(void *shared, const void *global, bool valid) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
+}
+
+// Ends a group: this thread's copies since the last one.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Returns when all of this thread's groups but the newest kPending have arrived.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
