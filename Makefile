@@ -36,7 +36,7 @@ ALL_CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 ifneq ($(ALL_CUDA_SOURCES),)
 ifeq ($(FA_CUDA),)
   GPU_ARCHS := $(shell command -v $(NVCC) >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
-      2>/dev/null | sort -u | sed 's/\./ /; s/ //; s/^90$$/90a/; s/^/sm_/')
+      2>/dev/null | sed -nE 's/^([0-9]+)\.([0-9]+)$$/sm_\1\2/p' | sed 's/^sm_90$$/sm_90a/' | sort -u)
   ifneq ($(GPU_ARCHS),)
     FA_CUDA_ARCHS ?= $(GPU_ARCHS)
     CUDA_SOURCES  := $(ALL_CUDA_SOURCES)
@@ -52,7 +52,10 @@ CUDA_SOURCES  := $(if $(HAS_SM90),$(CUDA_SOURCES),$(filter-out %_sm90.cu,$(CUDA_
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler=-fPIC,-Wall -Icsrc $(if $(HAS_SM90),-DFA_WITH_SM90)
 gencode     = $(foreach arch,$(if $(filter %_sm90.cu,$(1)),sm_90a,$(FA_CUDA_ARCHS)),\
     -gencode arch=$(arch:sm_%=compute_%),code=$(arch))
-CUDA_LIBS   = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/"//g; s/^.*LIBRARIES=//p') -lcudart_static -ldl -lrt -lstdc++
+# Where nvcc looks, so that the runtime is the one that belongs to it; nvcc from PyPI says lib64 and has lib.
+nvcc_paths    = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/"//g; s/^.. $(1)=//p')
+lib_or_lib64  = $(sort $(1) $(1:%/lib64=%/lib))
+CUDA_LIBS     = $(call lib_or_lib64,$(call nvcc_paths,LIBRARIES)) -lcudart_static -ldl -lrt -lstdc++
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
