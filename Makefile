@@ -55,6 +55,7 @@ gencode     = $(foreach arch,$(if $(filter %_sm90.cu,$(1)),sm_90a,$(FA_CUDA_ARCH
 # Where nvcc looks, so that the runtime is the one that belongs to it; nvcc from PyPI says lib64 and has lib.
 nvcc_paths    = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/"//g; s/^.. $(1)=//p')
 lib_or_lib64  = $(sort $(1) $(1:%/lib64=%/lib))
+CUDA_INCLUDES = $(patsubst -I%,-isystem %,$(call nvcc_paths,INCLUDES))
 CUDA_LIBS     = $(call lib_or_lib64,$(call nvcc_paths,LIBRARIES)) -lcudart_static -ldl -lrt -lstdc++
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -71,8 +72,9 @@ define remember
 endef
 
 $(BUILD)/obj/flash_attention.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA)
+$(BUILD)/obj/bench/gpu.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA $(CUDA_INCLUDES))
 $(BUILD)/obj/cpu/isa/%.o: FLAGS = $(FLAGS_$(firstword $(subst _, ,$(notdir $*))))
-$(BUILD)/obj/flash_attention.o: $(BUILD)/objects
+$(BUILD)/obj/flash_attention.o $(BUILD)/obj/bench/gpu.o: $(BUILD)/objects
 $(BUILD)/obj/%.o: csrc/%.c $(BUILD)/flags
 	$(call compile,$(CC) $(C_FLAGS) $(FLAGS))
 $(BUILD)/obj/%.cu.o: csrc/%.cu $(BUILD)/cuda-flags
@@ -93,15 +95,16 @@ $(BUILD)/objects: FORCE
 FORCE:
 
 LINK = @echo 'link $@'; $(CC) $(C_FLAGS) -o $@.$$$$ $(filter %.o %.a,$^) $$(cat $(BUILD)/libflash_attention.libs) && mv $@.$$$$ $@
-BENCH       := $(BUILD)/attention_bench
-C_TESTS     := $(BUILD)/c_tests
-TEST_OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/tests/*.c))
-$(BENCH): $(BUILD)/obj/bench/attention_bench.o $(LIB) $(BUILD)/libflash_attention.libs
+BENCH         := $(BUILD)/attention_bench
+C_TESTS       := $(BUILD)/c_tests
+BENCH_OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/bench/*.c))
+TEST_OBJECTS  := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/tests/*.c))
+$(BENCH): $(BENCH_OBJECTS) $(LIB) $(BUILD)/libflash_attention.libs
 	$(LINK)
 $(C_TESTS): $(TEST_OBJECTS) $(LIB) $(BUILD)/libflash_attention.libs
 	$(LINK)
 
--include $(patsubst %.o,%.d,$(OBJECTS) $(TEST_OBJECTS) $(BUILD)/obj/bench/attention_bench.o)
+-include $(patsubst %.o,%.d,$(OBJECTS) $(TEST_OBJECTS) $(BENCH_OBJECTS))
 
 # ---- Python ---------------------------------------------------------------------------------------------------------
 
