@@ -4,7 +4,8 @@
 #   FA_CUDA_ARCHS=        sm_80 sm_90a
 #   CC, CFLAGS, NVCC      compilers; CFLAGS are added to ours. WERROR= lets warnings pass
 #   BUILD=build           where everything goes
-#   ARGS=                 handed to demo, test, fuzz, bench
+#   ARGS=                 handed to demo, test, fuzz
+#   ARGS_CTEST=           handed to the C tests: --quick, --device cpu|cuda
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DELETE_ON_ERROR:
@@ -98,7 +99,7 @@ LINK = @echo 'link $@'; $(CC) $(C_FLAGS) -o $@.$$$$ $(filter %.o %.a,$^) $$(cat 
 BENCH         := $(BUILD)/attention_bench
 C_TESTS       := $(BUILD)/c_tests
 BENCH_OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/bench/*.c))
-TEST_OBJECTS  := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/tests/*.c))
+TEST_OBJECTS  := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/tests/*.c) csrc/bench/gpu.c)
 $(BENCH): $(BENCH_OBJECTS) $(LIB) $(BUILD)/libflash_attention.libs
 	$(LINK)
 $(C_TESTS): $(TEST_OBJECTS) $(LIB) $(BUILD)/libflash_attention.libs
@@ -159,7 +160,7 @@ extension: $(EXTENSION) ## the Python extension, in place
 
 bench: $(BENCH) ## build/attention_bench: the C driver, no Python needed
 
-ctest: $(C_TESTS) ## the C tests, once for each instruction set of this machine
+ctest: $(C_TESTS) ## the C tests, once for each instruction set of this machine and once on the GPU
 	$(C_TESTS) $(ARGS_CTEST)
 
 fuzz: extension ## random cases; ARGS="--seconds 600 --device cuda --impl fused"
@@ -168,7 +169,8 @@ fuzz: extension ## random cases; ARGS="--seconds 600 --device cuda --impl fused"
 sanitize: $(C_TESTS) ## the C tests under the address, undefined-behaviour and thread sanitizers, and valgrind if there
 	+$(MAKE) BUILD=$(BUILD)/asan CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" FA_CUDA=0 ctest
 	+$(MAKE) BUILD=$(BUILD)/tsan CFLAGS="-g -fsanitize=thread" FA_CUDA=0 ARGS_CTEST=--quick ctest
-	@if command -v valgrind >/dev/null; then echo valgrind; valgrind -q --error-exitcode=1 $(C_TESTS) --quick; \
+	@if command -v valgrind >/dev/null; then echo valgrind; \
+	     valgrind -q --error-exitcode=1 $(C_TESTS) --device cpu --quick; \
 	 else echo 'valgrind: not installed, left out'; fi
 
 ptxas: ## registers, shared memory and spills of every CUDA kernel; fails on a spill
