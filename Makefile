@@ -50,7 +50,8 @@ FA_CUDA_ARCHS ?= sm_80 sm_90a
 HAS_SM90      := $(filter sm_90a,$(FA_CUDA_ARCHS))
 CUDA_SOURCES  := $(if $(HAS_SM90),$(CUDA_SOURCES),$(filter-out %_sm90.cu,$(CUDA_SOURCES)))
 
-NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler=-fPIC,-Wall -Icsrc $(if $(HAS_SM90),-DFA_WITH_SM90)
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xptxas -v -Xcompiler=-fPIC,-Wall -Icsrc \
+    $(if $(HAS_SM90),-DFA_WITH_SM90)
 gencode     = $(foreach arch,$(if $(filter %_sm90.cu,$(1)),sm_90a,$(FA_CUDA_ARCHS)),\
     -gencode arch=$(arch:sm_%=compute_%),code=$(arch))
 # Where nvcc looks, so that the runtime is the one that belongs to it; nvcc from PyPI says lib64 and has lib.
@@ -66,6 +67,14 @@ define compile
 @mkdir -p $(@D)
 @echo '$(firstword $(1)) $<'; $(1) -MMD -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
 endef
+# Beside the object, x.cu.log holds what ptxas says of each kernel; the rest of what nvcc says is shown.
+PTXAS_REPORT := ^ptxas info *: (Compiling|Function properties|Used|Compile time|[0-9]+ bytes)|^ *[0-9]+ bytes stack frame
+define compile_cuda
+@mkdir -p $(@D)
+@echo '$(NVCC) $<'; $(NVCC) $(NVCC_FLAGS) $(call gencode,$<) -MMD -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ 2>&1 | c++filt \
+    > $@.$$$$.log; status=$$?; grep -vE '$(PTXAS_REPORT)' $@.$$$$.log >&2; \
+    mv $@.$$$$.log $(@:.o=.log) && [ $$status = 0 ] && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
+endef
 # Writes $(1) to the target only if that changes it, so that what depends on it is built again.
 define remember
 @mkdir -p $(@D)
@@ -79,7 +88,7 @@ $(BUILD)/obj/flash_attention.o $(BUILD)/obj/bench/gpu.o: $(BUILD)/objects
 $(BUILD)/obj/%.o: csrc/%.c $(BUILD)/flags
 	$(call compile,$(CC) $(C_FLAGS) $(FLAGS))
 $(BUILD)/obj/%.cu.o: csrc/%.cu $(BUILD)/cuda-flags
-	$(call compile,$(NVCC) $(NVCC_FLAGS) $(call gencode,$<))
+	$(compile_cuda)
 
 $(LIB): $(OBJECTS) $(BUILD)/objects
 	@rm -f $@.$$$$; $(AR) rcs $@.$$$$ $(OBJECTS) && mv $@.$$$$ $@
@@ -143,7 +152,7 @@ $(DEVTOOLS)/installed: requirements-dev.txt
 
 # ---- what a person asks for -----------------------------------------------------------------------------------------
 
-.PHONY: help lib extension demo test ctest bench fuzz sanitize ptxas fmt fmt-check clean FORCE
+.PHONY: help lib extension demo test ctest bench fuzz sanitize ptxas ptxas-table fmt fmt-check clean FORCE
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s @
@@ -173,11 +182,10 @@ sanitize: $(C_TESTS) ## the C tests under the address, undefined-behaviour and t
 	     valgrind -q --error-exitcode=1 $(C_TESTS) --device cpu --quick; \
 	 else echo 'valgrind: not installed, left out'; fi
 
-ptxas: ## registers, shared memory and spills of every CUDA kernel; fails on a spill
-	@$(if $(ALL_CUDA_SOURCES),,echo 'no CUDA files')
-	@failed=0; $(foreach source,$(ALL_CUDA_SOURCES),echo '$(source)'; \
-	 $(NVCC) $(NVCC_FLAGS) -DFA_WITH_SM90 $(call gencode,$(source)) -Xptxas -v -c -o /dev/null $(source) 2>&1 | c++filt | \
-	 awk '/ptxas|spill|error/; /[1-9][0-9]* bytes spill/ {bad = 1} END {exit bad}' || failed=1;) exit $$failed
+ptxas: ## registers, shared memory and spills of every CUDA kernel; fails if a hot one spills
+	+@$(MAKE) --no-print-directory BUILD=$(BUILD)/cuda FA_CUDA=1 ptxas-table
+ptxas-table: $(LIB)
+	@awk -f csrc/cuda/ptxas.awk $(CUDA_SOURCES:csrc/%=$(BUILD)/obj/%.log)
 
 C_FILES := $(shell find csrc -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 fmt: $(DEVTOOLS)/installed ## clang-format and ruff, in place
