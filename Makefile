@@ -4,7 +4,7 @@
 #   FA_CUDA_ARCHS=        sm_80 sm_90a
 #   CC, CFLAGS, NVCC      compilers; CFLAGS are added to ours. WERROR= lets warnings pass
 #   BUILD=build           where everything goes
-#   ARGS=                 handed to demo, test, fuzz
+#   ARGS=                 handed to demo, test, gpu-test, fuzz
 #   ARGS_CTEST=           handed to the C tests: --quick, --device cpu|cuda
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -152,7 +152,7 @@ $(DEVTOOLS)/installed: requirements-dev.txt
 
 # ---- what a person asks for -----------------------------------------------------------------------------------------
 
-.PHONY: help lib extension demo test ctest bench fuzz sanitize ptxas ptxas-table fmt fmt-check clean FORCE
+.PHONY: help lib extension demo test gpu-test ctest bench fuzz sanitize sanitize-cuda ptxas ptxas-table fmt fmt-check clean FORCE
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s @
@@ -162,6 +162,10 @@ demo: extension ## prepare everything, then compare naive, fused and PyTorch: ta
 
 test: extension ctest ## prepare everything, then all tests
 	$(PY) -m pytest tests $(ARGS)
+
+gpu-test: extension $(C_TESTS) ## prepare everything, then the tests that need a GPU: the C ones, then Python's
+	$(C_TESTS) --device cuda $(ARGS_CTEST)
+	$(PY) -m pytest tests -m gpu -p tests.gpu_report $(ARGS)
 
 lib: $(LIB) $(BUILD)/libflash_attention.libs ## build/libflash_attention.a: the C core
 
@@ -175,12 +179,20 @@ ctest: $(C_TESTS) ## the C tests, once for each instruction set of this machine 
 fuzz: extension ## random cases; ARGS="--seconds 600 --device cuda --impl fused"
 	$(PY) -m tests.fuzz $(ARGS)
 
-sanitize: $(C_TESTS) ## the C tests under the address, undefined-behaviour and thread sanitizers, and valgrind if there
+sanitize: $(C_TESTS) ## the C tests under gcc's sanitizers, valgrind and compute-sanitizer, where these are there
 	+$(MAKE) BUILD=$(BUILD)/asan CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" FA_CUDA=0 ctest
 	+$(MAKE) BUILD=$(BUILD)/tsan CFLAGS="-g -fsanitize=thread" FA_CUDA=0 ARGS_CTEST=--quick ctest
 	@if command -v valgrind >/dev/null; then echo valgrind; \
 	     valgrind -q --error-exitcode=1 $(C_TESTS) --device cpu --quick; \
 	 else echo 'valgrind: not installed, left out'; fi
+	+@if command -v compute-sanitizer >/dev/null && nvidia-smi -L >/dev/null 2>&1; then $(MAKE) sanitize-cuda; \
+	  else echo 'compute-sanitizer: not installed, or no GPU here: left out'; fi
+
+CUDA_SANITIZERS   := memcheck racecheck synccheck initcheck
+SANITIZER_OPTIONS := $$(test $$tool != memcheck || echo --padding 512)# cudaMalloc puts no gap between two blocks
+sanitize-cuda: $(C_TESTS) ## the C tests' CUDA kernels under compute-sanitizer; CUDA_SANITIZERS="memcheck" for one tool
+	@for tool in $(CUDA_SANITIZERS); do echo "compute-sanitizer $$tool"; \
+	     compute-sanitizer --tool $$tool $(SANITIZER_OPTIONS) --error-exitcode 1 $(C_TESTS) --sanitize || exit 1; done
 
 ptxas: ## registers, shared memory and spills of every CUDA kernel; fails if a hot one spills
 	+@$(MAKE) --no-print-directory BUILD=$(BUILD)/cuda FA_CUDA=1 ptxas-table
