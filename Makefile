@@ -4,7 +4,8 @@
 #   FA_CUDA_ARCHS=        sm_80 sm_90a
 #   CC, CFLAGS, NVCC      compilers; CFLAGS are added to ours. WERROR= lets warnings pass
 #   BUILD=build           where everything goes
-#   ARGS=                 handed to demo, test, fuzz, bench
+#   ARGS=                 handed to demo, test, gpu-test, fuzz
+#   ARGS_CTEST=           handed to the C tests: --quick, --device cpu|cuda
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DELETE_ON_ERROR:
@@ -36,7 +37,7 @@ ALL_CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 ifneq ($(ALL_CUDA_SOURCES),)
 ifeq ($(FA_CUDA),)
   GPU_ARCHS := $(shell command -v $(NVCC) >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
-      2>/dev/null | sort -u | sed 's/\./ /; s/ //; s/^90$$/90a/; s/^/sm_/')
+      2>/dev/null | sed -nE 's/^([0-9]+)\.([0-9]+)$$/sm_\1\2/p' | sed 's/^sm_90$$/sm_90a/' | sort -u)
   ifneq ($(GPU_ARCHS),)
     FA_CUDA_ARCHS ?= $(GPU_ARCHS)
     CUDA_SOURCES  := $(ALL_CUDA_SOURCES)
@@ -49,10 +50,15 @@ FA_CUDA_ARCHS ?= sm_80 sm_90a
 HAS_SM90      := $(filter sm_90a,$(FA_CUDA_ARCHS))
 CUDA_SOURCES  := $(if $(HAS_SM90),$(CUDA_SOURCES),$(filter-out %_sm90.cu,$(CUDA_SOURCES)))
 
-NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler=-fPIC,-Wall -Icsrc $(if $(HAS_SM90),-DFA_WITH_SM90)
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xptxas -v -Xcompiler=-fPIC,-Wall -Icsrc \
+    $(if $(HAS_SM90),-DFA_WITH_SM90)
 gencode     = $(foreach arch,$(if $(filter %_sm90.cu,$(1)),sm_90a,$(FA_CUDA_ARCHS)),\
     -gencode arch=$(arch:sm_%=compute_%),code=$(arch))
-CUDA_LIBS   = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/"//g; s/^.*LIBRARIES=//p') -lcudart_static -ldl -lrt -lstdc++
+# Where nvcc looks, so that the runtime is the one that belongs to it; nvcc from PyPI says lib64 and has lib.
+nvcc_paths    = $(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/"//g; s/^.. $(1)=//p')
+lib_or_lib64  = $(sort $(1) $(1:%/lib64=%/lib))
+CUDA_INCLUDES = $(patsubst -I%,-isystem %,$(call nvcc_paths,INCLUDES))
+CUDA_LIBS     = $(call lib_or_lib64,$(call nvcc_paths,LIBRARIES)) -lcudart_static -ldl -lrt -lstdc++
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
@@ -61,6 +67,14 @@ define compile
 @mkdir -p $(@D)
 @echo '$(firstword $(1)) $<'; $(1) -MMD -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
 endef
+# Beside the object, x.cu.log holds what ptxas says of each kernel; the rest of what nvcc says is shown.
+PTXAS_REPORT := ^ptxas info *: (Compiling|Function properties|Used|Compile time|[0-9]+ bytes)|^ *[0-9]+ bytes stack frame
+define compile_cuda
+@mkdir -p $(@D)
+@echo '$(NVCC) $<'; $(NVCC) $(NVCC_FLAGS) $(call gencode,$<) -MMD -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ 2>&1 | c++filt \
+    > $@.$$$$.log; status=$$?; grep -vE '$(PTXAS_REPORT)' $@.$$$$.log >&2; \
+    mv $@.$$$$.log $(@:.o=.log) && [ $$status = 0 ] && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
+endef
 # Writes $(1) to the target only if that changes it, so that what depends on it is built again.
 define remember
 @mkdir -p $(@D)
@@ -68,12 +82,13 @@ define remember
 endef
 
 $(BUILD)/obj/flash_attention.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA)
+$(BUILD)/obj/bench/gpu.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA $(CUDA_INCLUDES))
 $(BUILD)/obj/cpu/isa/%.o: FLAGS = $(FLAGS_$(firstword $(subst _, ,$(notdir $*))))
-$(BUILD)/obj/flash_attention.o: $(BUILD)/objects
+$(BUILD)/obj/flash_attention.o $(BUILD)/obj/bench/gpu.o: $(BUILD)/objects
 $(BUILD)/obj/%.o: csrc/%.c $(BUILD)/flags
 	$(call compile,$(CC) $(C_FLAGS) $(FLAGS))
 $(BUILD)/obj/%.cu.o: csrc/%.cu $(BUILD)/cuda-flags
-	$(call compile,$(NVCC) $(NVCC_FLAGS) $(call gencode,$<))
+	$(compile_cuda)
 
 $(LIB): $(OBJECTS) $(BUILD)/objects
 	@rm -f $@.$$$$; $(AR) rcs $@.$$$$ $(OBJECTS) && mv $@.$$$$ $@
@@ -90,15 +105,16 @@ $(BUILD)/objects: FORCE
 FORCE:
 
 LINK = @echo 'link $@'; $(CC) $(C_FLAGS) -o $@.$$$$ $(filter %.o %.a,$^) $$(cat $(BUILD)/libflash_attention.libs) && mv $@.$$$$ $@
-BENCH       := $(BUILD)/attention_bench
-C_TESTS     := $(BUILD)/c_tests
-TEST_OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/tests/*.c))
-$(BENCH): $(BUILD)/obj/bench/attention_bench.o $(LIB) $(BUILD)/libflash_attention.libs
+BENCH         := $(BUILD)/attention_bench
+C_TESTS       := $(BUILD)/c_tests
+BENCH_OBJECTS := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/bench/*.c))
+TEST_OBJECTS  := $(patsubst csrc/%.c,$(BUILD)/obj/%.o,$(wildcard csrc/tests/*.c) csrc/bench/gpu.c)
+$(BENCH): $(BENCH_OBJECTS) $(LIB) $(BUILD)/libflash_attention.libs
 	$(LINK)
 $(C_TESTS): $(TEST_OBJECTS) $(LIB) $(BUILD)/libflash_attention.libs
 	$(LINK)
 
--include $(patsubst %.o,%.d,$(OBJECTS) $(TEST_OBJECTS) $(BUILD)/obj/bench/attention_bench.o)
+-include $(patsubst %.o,%.d,$(OBJECTS) $(TEST_OBJECTS) $(BENCH_OBJECTS))
 
 # ---- Python ---------------------------------------------------------------------------------------------------------
 
@@ -136,7 +152,7 @@ $(DEVTOOLS)/installed: requirements-dev.txt
 
 # ---- what a person asks for -----------------------------------------------------------------------------------------
 
-.PHONY: help lib extension demo test ctest bench fuzz sanitize ptxas fmt fmt-check clean FORCE
+.PHONY: help lib extension demo test gpu-test ctest bench fuzz sanitize sanitize-cuda ptxas ptxas-table fmt fmt-check clean FORCE
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s @
@@ -147,29 +163,41 @@ demo: extension ## prepare everything, then compare naive, fused and PyTorch: ta
 test: extension ctest ## prepare everything, then all tests
 	$(PY) -m pytest tests $(ARGS)
 
+gpu-test: extension $(C_TESTS) ## prepare everything, then the tests that need a GPU: the C ones, then Python's
+	$(C_TESTS) --device cuda $(ARGS_CTEST)
+	$(PY) -m pytest tests -m gpu -p tests.gpu_report $(ARGS)
+
 lib: $(LIB) $(BUILD)/libflash_attention.libs ## build/libflash_attention.a: the C core
 
 extension: $(EXTENSION) ## the Python extension, in place
 
 bench: $(BENCH) ## build/attention_bench: the C driver, no Python needed
 
-ctest: $(C_TESTS) ## the C tests, once for each instruction set of this machine
+ctest: $(C_TESTS) ## the C tests, once for each instruction set of this machine and once on the GPU
 	$(C_TESTS) $(ARGS_CTEST)
 
 fuzz: extension ## random cases; ARGS="--seconds 600 --device cuda --impl fused"
 	$(PY) -m tests.fuzz $(ARGS)
 
-sanitize: $(C_TESTS) ## the C tests under the address, undefined-behaviour and thread sanitizers, and valgrind if there
+sanitize: $(C_TESTS) ## the C tests under gcc's sanitizers, valgrind and compute-sanitizer, where these are there
 	+$(MAKE) BUILD=$(BUILD)/asan CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" FA_CUDA=0 ctest
 	+$(MAKE) BUILD=$(BUILD)/tsan CFLAGS="-g -fsanitize=thread" FA_CUDA=0 ARGS_CTEST=--quick ctest
-	@if command -v valgrind >/dev/null; then echo valgrind; valgrind -q --error-exitcode=1 $(C_TESTS) --quick; \
+	@if command -v valgrind >/dev/null; then echo valgrind; \
+	     valgrind -q --error-exitcode=1 $(C_TESTS) --device cpu --quick; \
 	 else echo 'valgrind: not installed, left out'; fi
+	+@if command -v compute-sanitizer >/dev/null && nvidia-smi -L >/dev/null 2>&1; then $(MAKE) sanitize-cuda; \
+	  else echo 'compute-sanitizer: not installed, or no GPU here: left out'; fi
 
-ptxas: ## registers, shared memory and spills of every CUDA kernel; fails on a spill
-	@$(if $(ALL_CUDA_SOURCES),,echo 'no CUDA files')
-	@failed=0; $(foreach source,$(ALL_CUDA_SOURCES),echo '$(source)'; \
-	 $(NVCC) $(NVCC_FLAGS) -DFA_WITH_SM90 $(call gencode,$(source)) -Xptxas -v -c -o /dev/null $(source) 2>&1 | c++filt | \
-	 awk '/ptxas|spill|error/; /[1-9][0-9]* bytes spill/ {bad = 1} END {exit bad}' || failed=1;) exit $$failed
+CUDA_SANITIZERS   := memcheck racecheck synccheck initcheck
+SANITIZER_OPTIONS := $$(test $$tool != memcheck || echo --padding 512)# cudaMalloc puts no gap between two blocks
+sanitize-cuda: $(C_TESTS) ## the C tests' CUDA kernels under compute-sanitizer; CUDA_SANITIZERS="memcheck" for one tool
+	@for tool in $(CUDA_SANITIZERS); do echo "compute-sanitizer $$tool"; \
+	     compute-sanitizer --tool $$tool $(SANITIZER_OPTIONS) --error-exitcode 1 $(C_TESTS) --sanitize || exit 1; done
+
+ptxas: ## registers, shared memory and spills of every CUDA kernel; fails if a hot one spills
+	+@$(MAKE) --no-print-directory BUILD=$(BUILD)/cuda FA_CUDA=1 ptxas-table
+ptxas-table: $(LIB)
+	@awk -f csrc/cuda/ptxas.awk $(CUDA_SOURCES:csrc/%=$(BUILD)/obj/%.log)
 
 C_FILES := $(shell find csrc -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 fmt: $(DEVTOOLS)/installed ## clang-format and ruff, in place

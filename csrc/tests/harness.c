@@ -1,5 +1,5 @@
-// Runs every test once for each instruction set of this machine, each in a process of its own: the choice is made once a
-// process, and a crash is then a failure with a name.
+// Runs every test once for each instruction set of this machine and once on its GPU, each in a process of its own: the
+// instruction set is chosen once a process, CUDA does not survive a fork, and a crash is then a failure with a name.
 #define _GNU_SOURCE
 #include "harness.h"
 
@@ -12,13 +12,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "bench/gpu.h"
 #include "flash_attention.h"
 
-bool g_quick;
+bool g_quick, g_sanitize;
+static const char *g_place = "cuda"; // an instruction set, or "cuda"
 
 static struct tally { // shared with the child processes
     int passed, failed;
-    bool is_open, has_failed, has_isa;
+    bool is_open, has_failed, is_here;
     char test[256];
 } *tally;
 
@@ -41,8 +43,7 @@ bool expect(bool holds, const char *format, ...) {
     if (holds) return true;
     va_list values;
     tally->has_failed = true;
-    const char *isa = getenv("FLASH_ATTENTION_ISA");
-    printf("FAILED [%s] %s: ", isa ? isa : "", tally->test);
+    printf("FAILED [%s] %s: ", g_place, tally->test);
     va_start(values, format);
     vprintf(format, values);
     va_end(values);
@@ -50,92 +51,85 @@ bool expect(bool holds, const char *format, ...) {
     return false;
 }
 
-// ---- guarded memory -------------------------------------------------------------------------------------------------
-
-typedef struct block {
-    unsigned char *pages, *data; // pages: page_bytes between two guard pages
-    size_t page_bytes, bytes;
-} block;
-
-enum { kMaxBlocks = 128 };
-static block g_blocks[kMaxBlocks];
-static int g_block_count;
-
-void *guarded(size_t bytes, size_t alignment, placement where) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), page_bytes = (bytes + alignment + page - 1) / page * page;
-    unsigned char *map = mmap(NULL, page_bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (map == MAP_FAILED || g_block_count == kMaxBlocks || mprotect(map + page, page_bytes, PROT_READ | PROT_WRITE)) {
-        perror("guarded memory");
-        exit(2);
-    }
-    memset(map + page, 0xFF, page_bytes);
-    const size_t from_end = (bytes + alignment - 1) / alignment * alignment;
-    block *b = &g_blocks[g_block_count++];
-    *b = (block){map + page, map + page + (where == FLUSH_END ? page_bytes - from_end : 0), page_bytes, bytes};
-    return b->data;
-}
-
-void guarded_protect(const void *data, bool writable) {
-    for (int i = 0; i < g_block_count; ++i)
-        if (g_blocks[i].data == data)
-            mprotect(g_blocks[i].pages, g_blocks[i].page_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ);
-}
-
-void guarded_release_all(void) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    while (g_block_count > 0) {
-        const block *b = &g_blocks[--g_block_count];
-        size_t overwritten = 0;
-        for (const unsigned char *p = b->pages; p < b->pages + b->page_bytes; ++p)
-            overwritten += (p < b->data || p >= b->data + b->bytes) && *p != 0xFF;
-        expect(overwritten == 0, "%zu bytes written around a block of %zu bytes", overwritten, b->bytes);
-        munmap(b->pages - page, b->page_bytes + 2 * page);
-    }
-}
-
 // ---- processes ------------------------------------------------------------------------------------------------------
 
-static void run_tests(const char *isa) {
-    if (isa) setenv("FLASH_ATTENTION_ISA", isa, 1);
-    tally->has_isa = fa_cpu_isa() != NULL;
-    if (!tally->has_isa) return;
+static void run_on_cpu(void) {
+    setenv("FLASH_ATTENTION_ISA", g_place, 1);
+    tally->is_here = fa_cpu_isa() != NULL;
+    if (!tally->is_here) return;
     test_begin("the instruction set in use is the one asked for");
-    expect(!isa || strcmp(isa, fa_cpu_isa()) == 0, "%s", fa_cpu_isa());
+    expect(strcmp(g_place, fa_cpu_isa()) == 0, "%s", fa_cpu_isa());
     test_tables();
     test_gate();
     test_finite_differences();
-    test_attention();
+    test_attention(FA_CPU);
     test_end();
 }
 
-static void run_process(const char *isa) {
+static void run_on_gpu(void) {
+    tally->is_here = gpu_missing() == NULL;
+    if (!tally->is_here) {
+        printf("%-12s left out: %s\n", g_place, gpu_missing());
+        return;
+    }
+    test_attention(FA_CUDA);
+    test_invalid_lengths();
+    test_end();
+}
+
+static void run_process(const char *place, void (*run)(void)) {
+    g_place = place;
     fflush(stdout);
     const int passed = tally->passed, failed = tally->failed;
     const pid_t child = fork();
     if (child == 0) {
-        run_tests(isa);
+        run();
         exit(0);
     }
     int status = 0;
     waitpid(child, &status, 0);
     if (WIFSIGNALED(status) || WEXITSTATUS(status) != 0) {
-        printf("FAILED [%s] %s: %s\n", isa, tally->test,
+        printf("FAILED [%s] %s: %s\n", place, tally->test,
                WIFSIGNALED(status) ? strsignal(WTERMSIG(status)) : "stopped (see above)");
         ++tally->failed;
         tally->is_open = false;
     }
-    if (tally->has_isa) printf("%-12s %5d passed, %d failed\n", isa, tally->passed - passed, tally->failed - failed);
+    if (tally->is_here) printf("%-12s %5d passed, %d failed\n", place, tally->passed - passed, tally->failed - failed);
 }
 
-// c_tests [--quick]: FLASH_ATTENTION_ISA, if set, is the only instruction set.
+static const char kUsage[] = "usage: c_tests [--device cpu|cuda] [--quick | --sanitize]\n"
+                             "  --device    one alone; without it both, the GPU if there is one\n"
+                             "  --quick     leave out what is slow under valgrind\n"
+                             "  --sanitize  on the GPU what compute-sanitizer is to watch, in this process\n"
+                             "FLASH_ATTENTION_ISA, if set, is the CPU's only instruction set.\n";
+
 int main(int argc, char **argv) {
     static const char *const kIsas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+    bool cpu = true, gpu = true;
     setvbuf(stdout, NULL, _IOLBF, 0); // what was printed before a crash is seen
-    g_quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
     tally = mmap(NULL, sizeof *tally, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (int i = 1; i < argc; ++i) {
+        const bool device = strcmp(argv[i], "--device") == 0 && i + 1 < argc;
+        if (device && strcmp(argv[i + 1], "cpu") == 0) {
+            gpu = false, ++i;
+        } else if (device && strcmp(argv[i + 1], "cuda") == 0) {
+            cpu = false, ++i;
+        } else if (strcmp(argv[i], "--quick") == 0) {
+            g_quick = true;
+        } else if (strcmp(argv[i], "--sanitize") == 0) {
+            g_sanitize = true;
+        } else {
+            fputs(kUsage, stderr);
+            return 2;
+        }
+    }
     const char *only = getenv("FLASH_ATTENTION_ISA");
     for (size_t i = 0; i < sizeof kIsas / sizeof kIsas[0]; ++i)
-        if (!only || strcmp(only, kIsas[i]) == 0) run_process(kIsas[i]);
+        if (cpu && !g_sanitize && (!only || strcmp(only, kIsas[i]) == 0)) run_process(kIsas[i], run_on_cpu);
+    if (g_sanitize)
+        run_on_gpu();
+    else if (gpu)
+        run_process("cuda", run_on_gpu);
     printf("%d passed, %d failed\n", tally->passed, tally->failed);
     return tally->failed > 0 || tally->passed == 0;
 }

@@ -3,7 +3,8 @@
 #define FA_TEST_HARNESS_H
 
 #include <stdbool.h>
-#include <stddef.h>
+
+#include "flash_attention.h"
 
 #if defined(__GNUC__)
 #define FA_PRINTF(FORMAT, VALUES) __attribute__((format(printf, FORMAT, VALUES)))
@@ -15,18 +16,13 @@ void test_begin(const char *format, ...) FA_PRINTF(1, 2);
 // Returns `holds`; prints the sentence if it does not.
 bool expect(bool holds, const char *format, ...) FA_PRINTF(2, 3);
 
-extern bool g_quick; // leave out what is slow under valgrind
+extern bool g_quick;    // leave out what is slow under valgrind
+extern bool g_sanitize; // on the GPU: each case once, in memory that hides nothing from compute-sanitizer
 
-// Memory that ends (FLUSH_END) or begins (FLUSH_START) at an inaccessible page, with one at its other end too; every byte
-// 0xFF, which is NaN in every dtype. alignment: a power of two.
-typedef enum placement { FLUSH_START, FLUSH_END } placement;
-void *guarded(size_t bytes, size_t alignment, placement where);
-void guarded_protect(const void *data, bool writable);
-void guarded_release_all(void); // and expects the bytes around each block to be 0xFF still
-
-void test_attention(void);
+void test_attention(fa_device device);
 void test_finite_differences(void);
 void test_gate(void);
+void test_invalid_lengths(void);
 void test_tables(void);
 
 #endif

@@ -83,7 +83,7 @@ static int length_of(int64_t b, int64_t longest, bool keys) {
     return (int)((double)longest * kShares[keys][b % 5]);
 }
 
-static const int32_t *make_lengths(const attention_case *c, bool keys, int64_t *total, placement where) {
+static int32_t *make_lengths(const attention_case *c, bool keys, int64_t *total, placement where) {
     const bool packed = c->lengths == LENGTHS_PACKED;
     const int64_t count = c->batch + packed;
     int32_t *lengths = guarded((size_t)count * sizeof *lengths, sizeof *lengths, where);
@@ -98,11 +98,15 @@ static const int32_t *make_lengths(const attention_case *c, bool keys, int64_t *
     return lengths;
 }
 
-static fa_tensor as_tensor(const view *v) { return (fa_tensor){v->data, v->strides[0], v->strides[1], v->strides[2]}; }
-static fa_bias as_bias(const view *v) {
-    return (fa_bias){v->data, v->dtype, v->strides[0], v->strides[1], v->strides[2], v->strides[3]};
+static fa_tensor as_tensor(const view *v) {
+    return (fa_tensor){guarded_for_kernel(v->data), v->strides[0], v->strides[1], v->strides[2]};
 }
-static fa_per_head as_per_head(const view *v) { return (fa_per_head){v->data, v->dtype, v->strides[0], v->strides[1]}; }
+static fa_bias as_bias(const view *v) {
+    return (fa_bias){guarded_for_kernel(v->data), v->dtype, v->strides[0], v->strides[1], v->strides[2], v->strides[3]};
+}
+static fa_per_head as_per_head(const view *v) {
+    return (fa_per_head){guarded_for_kernel(v->data), v->dtype, v->strides[0], v->strides[1]};
+}
 
 problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool oracle, placement where) {
     static const int kAll[4] = {1, 1, 1, 1};
@@ -115,7 +119,7 @@ problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool
     fa_forward_args *args = &p.args.forward;
     const bool packed = c->lengths == LENGTHS_PACKED;
     const int heads_kv = c->heads_kv ? c->heads_kv : c->heads_q, dv = c->head_dim_v ? c->head_dim_v : c->head_dim;
-    args->impl = impl, args->dtype = STORED(dtype);
+    args->device = on_gpu(where) ? FA_CUDA : FA_CPU, args->impl = impl, args->dtype = STORED(dtype);
     args->batch = c->batch, args->heads_q = c->heads_q, args->heads_kv = heads_kv;
     args->seqlen_q = c->seqlen_q, args->seqlen_k = c->seqlen_k, args->head_dim = c->head_dim, args->head_dim_v = dv;
     args->softmax_scale = 1 / sqrt(c->head_dim), args->softcap = c->softcap, args->causal = c->causal;
@@ -123,16 +127,16 @@ problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool
     args->dropout_p = c->dropout_p, args->dropout_offset = 7;
     p.args.deterministic = 1;
     if (c->lengths != LENGTHS_FULL) {
-        const int32_t *q = make_lengths(c, false, &args->total_q, where);
-        const int32_t *k = make_lengths(c, true, &args->total_k, where);
-        *(packed ? &args->cu_seqlens_q : &args->seqlens_q) = q;
-        *(packed ? &args->cu_seqlens_k : &args->seqlens_k) = k;
+        p.lengths_q = make_lengths(c, false, &args->total_q, where);
+        p.lengths_k = make_lengths(c, true, &args->total_k, where);
+        *(packed ? &args->cu_seqlens_q : &args->seqlens_q) = guarded_for_kernel(p.lengths_q);
+        *(packed ? &args->cu_seqlens_k : &args->seqlens_k) = guarded_for_kernel(p.lengths_k);
     }
     if (c->dropout_p > 0) {
         int64_t *seed = guarded(sizeof *seed, sizeof *seed, where);
         *seed = 0x123456789ABCDEF;
         guarded_protect(seed, false);
-        args->dropout_seed = seed;
+        args->dropout_seed = guarded_for_kernel(seed);
     }
 
     const int64_t batches = packed ? 1 : c->batch;
@@ -197,17 +201,31 @@ static void expect_gaps_untouched(const view *v, view_id id) {
     free(touched);
 }
 
+bool problem_serves(const problem *p, fa_pass pass) {
+    const fa_impl impl = p->args.forward.impl;
+    size_t bytes;
+    if (impl == FA_NAIVE || impl == FA_FUSED || impl == FA_REFERENCE) return true;
+    return (pass == FA_FORWARD ? fa_forward_workspace_bytes(&p->args.forward, &bytes)
+                               : fa_backward_workspace_bytes(&p->args, &bytes)) != FA_ERROR_UNSUPPORTED;
+}
+
 void problem_run(problem *p, fa_workers workers, placement where) {
     fa_forward_args *args = &p->args.forward;
     args->workers = workers;
+    guarded_to_gpu();
     expect(fa_forward_workspace_bytes(args, &args->workspace_bytes) == FA_OK, "%s", fa_error_text());
-    args->workspace = guarded(args->workspace_bytes, FA_WORKSPACE_ALIGNMENT, where);
+    args->workspace = guarded_scratch(args->workspace_bytes, FA_WORKSPACE_ALIGNMENT, where);
     expect(fa_forward(args) == FA_OK, "forward: %s", fa_error_text());
+    guarded_from_gpu();
     guarded_protect(p->views[VIEW_O].data, false);
     guarded_protect(p->views[VIEW_LSE].data, false);
-    expect(fa_backward_workspace_bytes(&p->args, &args->workspace_bytes) == FA_OK, "%s", fa_error_text());
-    args->workspace = guarded(args->workspace_bytes, FA_WORKSPACE_ALIGNMENT, where);
-    expect(fa_backward(&p->args) == FA_OK, "backward: %s", fa_error_text());
+    if (problem_serves(p, FA_BACKWARD)) {
+        expect(fa_backward_workspace_bytes(&p->args, &args->workspace_bytes) == FA_OK, "%s", fa_error_text());
+        args->workspace = guarded_scratch(args->workspace_bytes, FA_WORKSPACE_ALIGNMENT, where);
+        expect(fa_backward(&p->args) == FA_OK, "backward: %s", fa_error_text());
+        guarded_from_gpu();
+    }
+    guarded_leave_gpu();
     for (view_id id = VIEW_FIRST_OUTPUT; id < VIEW_COUNT; ++id)
         if (p->views[id].data) expect_gaps_untouched(&p->views[id], id);
 }

@@ -3,6 +3,7 @@
 #define FA_TEST_PROBLEM_H
 
 #include "flash_attention.h"
+#include "guarded.h"
 #include "harness.h"
 
 typedef enum layout {
@@ -48,6 +49,7 @@ typedef struct view { // absent: data NULL
 
 typedef struct problem {
     fa_backward_args args;
+    int32_t *lengths_q, *lengths_k; // seqlens or cu_seqlens for the test to change; protected
     view views[VIEW_COUNT];
 } problem;
 
@@ -55,7 +57,9 @@ extern const char *const kViewNames[VIEW_COUNT];
 
 // The same numbers whatever the layout and placement. oracle: in float64, the numbers rounded to dtype.
 problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool oracle, placement where);
-// Forward, then backward, with exactly the workspace asked for; expects success and untouched gaps.
+// naive, fused and the reference serve everything: a refusal of theirs is not asked for but found by problem_run().
+bool problem_serves(const problem *p, fa_pass pass);
+// Forward, then backward if served, with exactly the workspace asked for; expects success and untouched gaps.
 void problem_run(problem *p, fa_workers workers, placement where);
 double view_at(const view *v, int64_t logical_index);
 int64_t view_size(const view *v); // logical elements

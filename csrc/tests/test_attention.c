@@ -1,5 +1,5 @@
-// naive and fused against the float64 reference: outputs, gradients, what lies around them, the same bits from 1 worker
-// and from 3, and from a workspace and tensors that lie elsewhere.
+// Every kernel against the CPU's float64 reference: outputs, gradients, what lies around them, the same bits in a second
+// run, with 3 workers instead of 1 and with tensors and workspace that lie elsewhere.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -139,25 +139,36 @@ static void expect_close(const problem *p, const problem *oracle, view_id id) {
 static void expect_same_bits(const problem *a, const problem *b, view_id id) {
     const view *v = &a->views[id];
     expect(memcmp(v->data, b->views[id].data, (size_t)(v->elements * fa_dtype_bytes(v->dtype))) == 0,
-           "%s: not the same bits from 1 worker and from 3", kViewNames[id]);
+           "%s: not the same bits in a second run", kViewNames[id]);
 }
 
-static void run_case(const attention_case *c, fa_dtype dtype) {
-    const fa_impl impls[] = {FA_FUSED, FA_NAIVE};
+static void run_kernel(const attention_case *c, fa_dtype dtype, const fa_kernel_info *kernel, const problem *oracle) {
+    const bool gpu = kernel->device == FA_CUDA;
+    const placement here = gpu ? GPU_ALIGNED : FLUSH_START, elsewhere = gpu ? GPU_UNALIGNED : FLUSH_END;
+    problem p = problem_make(c, dtype, kernel->impl, false, here), other = p;
+    if (!problem_serves(&p, FA_FORWARD)) return;
+    test_begin("%s, %s, %s", c->name, fa_dtype_name(dtype), kernel->name);
+    problem_run(&p, (fa_workers){0}, here);
+    if (!g_sanitize) {
+        other = problem_make(c, dtype, kernel->impl, false, elsewhere);
+        problem_run(&other, fa_posix_workers(3), elsewhere);
+    }
+    const view_id end = problem_serves(&p, FA_BACKWARD) ? VIEW_COUNT : VIEW_D_Q;
+    for (view_id id = VIEW_FIRST_OUTPUT; id < end; ++id)
+        if (p.views[id].data) {
+            expect_close(&p, oracle, id);
+            expect_same_bits(&p, &other, id);
+        }
+}
+
+static void run_case(const attention_case *c, fa_dtype dtype, fa_device device) {
     test_begin("%s, %s, reference", c->name, fa_dtype_name(dtype));
     problem oracle = problem_make(c, dtype, FA_REFERENCE, true, FLUSH_END);
     problem_run(&oracle, (fa_workers){0}, FLUSH_END);
-    for (int i = 0; i < 2; ++i) {
-        test_begin("%s, %s, %s", c->name, fa_dtype_name(dtype), fa_impl_name(impls[i]));
-        problem p = problem_make(c, dtype, impls[i], false, FLUSH_START);
-        problem other = problem_make(c, dtype, impls[i], false, FLUSH_END);
-        problem_run(&p, (fa_workers){0}, FLUSH_START);
-        problem_run(&other, fa_posix_workers(3), FLUSH_END);
-        for (view_id id = VIEW_FIRST_OUTPUT; id < VIEW_COUNT; ++id)
-            if (p.views[id].data) {
-                expect_close(&p, &oracle, id);
-                expect_same_bits(&p, &other, id);
-            }
+    for (int32_t i = 0; i < fa_kernel_count(); ++i) {
+        fa_kernel_info kernel;
+        fa_kernel_describe(i, &kernel);
+        if (kernel.device == device && kernel.impl != FA_REFERENCE) run_kernel(c, dtype, &kernel, &oracle);
     }
     guarded_release_all();
 }
@@ -188,15 +199,15 @@ static bool is_slow(const attention_case *c) {
     return g_quick && c->batch * c->heads_q * c->seqlen_q * c->seqlen_k * c->head_dim > 100000;
 }
 
-void test_attention(void) {
+void test_attention(fa_device device) {
     for (size_t i = 0; i < sizeof kCases / sizeof kCases[0]; ++i)
         for (fa_dtype dtype = FA_FLOAT32; dtype <= FA_BFLOAT16; ++dtype)
-            if (!is_slow(&kCases[i])) run_case(&kCases[i], dtype);
-    for (int i = 0; i < (g_quick ? 10 : 60); ++i) {
+            if (!is_slow(&kCases[i])) run_case(&kCases[i], dtype, device);
+    for (int i = 0; i < (g_sanitize ? 0 : g_quick ? 10 : 60); ++i) {
         attention_case c = random_case();
         char name[160];
         snprintf(name, sizeof name, "random case %d", i);
         c.name = name;
-        if (!is_slow(&c)) run_case(&c, (fa_dtype)(i % 4));
+        if (!is_slow(&c)) run_case(&c, (fa_dtype)(i % 4), device);
     }
 }

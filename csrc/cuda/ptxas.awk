@@ -1,0 +1,38 @@
+# Table of `make ptxas`, from the demangled logs of `ptxas -v`. Exit status 1: a hot kernel spills, or ptxas made its
+# wgmma wait for one another. Cold is what nobody waits for: the baseline, the padding, float64.
+BEGIN { print "registers  static shared  stack  spills  arch    kernel (bytes)" }
+
+# "void name<arguments>(parameters)" -> "name<arguments>"
+function short_name(text, i, depth, c) {
+    gsub(/\(anonymous namespace\)::/, "", text)
+    sub(/^void /, "", text)
+    for (i = 1; i <= length(text); ++i) {
+        c = substr(text, i, 1)
+        depth += (c == "<") - (c == ">")
+        if (c == "(" && depth == 0) return substr(text, 1, i - 1)
+    }
+    return text
+}
+function number_before(words) { return match($0, "[0-9]+ " words) ? substr($0, RSTART, RLENGTH) + 0 : 0 }
+
+/Compiling entry function/ {
+    split($0, quoted, "'")
+    kernel = short_name(quoted[2])
+    arch = quoted[4]
+    stack = spills = 0
+}
+/bytes stack frame/ { # of the kernel, and of each function that it calls
+    stack += number_before("bytes stack frame")
+    spills += number_before("bytes spill stores") + number_before("bytes spill loads")
+}
+/Used [0-9]+ registers/ {
+    hot = FILENAME !~ /\/(naive|padding)\.cu\.log$/ && kernel !~ /double/
+    printf "%9d  %13d  %5d  %6d  %-6s  %s%s\n", number_before("registers"), number_before("bytes smem"), stack, spills,
+        arch, kernel, spills && hot ? "   <- spills" : ""
+    failed += spills && hot
+}
+/Potential Performance Loss/ {
+    print
+    ++failed
+}
+END { exit failed > 0 }
