@@ -5,8 +5,8 @@
 //   split_softmax  a warp, or for long rows a block, makes a row of s a row of P in place, and writes its lse
 //   split_output   a block: 64 rows x 64 elements of  o = P v / (1 - p)
 //
-// The scores of a block of 64 rows exist for the keys that any of its rows may see, in whole tiles: KeyTiles. All three
-// kernels visit these and no others, and within them P is 0 wherever a row does not see a key.
+// The scores of a block of 64 rows exist for the keys that any of its rows may see, in whole steps of 32: KeySteps. No
+// kernel reads others, and among them P is 0 wherever a row does not see a key.
 //
 // Both products run 64 x 64 x 32 at a time through shared memory, a holding its rows down the columns:
 //
@@ -42,22 +42,22 @@ struct Split {
     int64_t column_tiles; // of seqlen_k for split_scores, of head_dim_v for split_output
 };
 
-struct KeyTiles {
-    int64_t begin, end; // keys, multiples of kSplitTile; begin = end: no row sees any
+struct KeySteps {
+    int64_t begin, end; // keys, multiples of kSplitDepth; begin = end: no row sees any
 };
 
 // Both ends of a row's visible keys grow with the row.
-__device__ __forceinline__ KeyTiles key_tiles(const fa_forward_args &args, const fa_sequence &seq, int64_t row) {
+__device__ __forceinline__ KeySteps key_steps(const fa_forward_args &args, const fa_sequence &seq, int64_t row) {
     const int64_t first = row / kSplitTile * kSplitTile, last = fa_min(first + kSplitTile, seq.len_q) - 1;
     const int64_t lo = fa_visible_keys(&args, &seq, first).lo, hi = fa_visible_keys(&args, &seq, last).hi;
     if (lo >= hi) return {0, 0};
-    return {lo / kSplitTile * kSplitTile, fa_round_up(hi, kSplitTile)};
+    return {lo / kSplitDepth * kSplitDepth, fa_round_up(hi, kSplitDepth)};
 }
 
 struct SplitBlock { // where a block of the two products stands
     int64_t b, h, h_kv, row0, col0;
     fa_sequence seq;
-    int rows; // that the sequence has from row0 on: at most kSplitTile, none if <= 0
+    int rows; // that the sequence has from row0 on, at most kSplitTile
 };
 
 __device__ __forceinline__ SplitBlock split_block(const Split &split) {
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kSplitThreads) split_scores(const __grid_const
     const SplitBlock block = split_block(split);
     const fa_sequence &seq = block.seq;
     if (block.rows == 0) return;
-    const KeyTiles keys = key_tiles(args, seq, block.row0);
-    if (block.col0 < keys.begin || block.col0 >= keys.end) return;
+    const KeySteps keys = key_steps(args, seq, block.row0);
+    if (block.col0 + kSplitTile <= keys.begin || block.col0 >= keys.end) return;
 
     const Element *q = static_cast<const Element *>(args.q.data) +
                        fa_row_offset(&args.q, seq.batch_index, block.h, seq.row_q + block.row0);
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) split_softmax(const __grid_co
     const fa_sequence seq = fa_sequence_at(&args, b);
     if (row >= seq.len_q) return;
 
-    const KeyTiles keys = key_tiles(args, seq, row);
+    const KeySteps keys = key_steps(args, seq, row);
     float4 *p = reinterpret_cast<float4 *>(split.p + index * split.ld);
     const int64_t first = keys.begin / 4 + threadIdx.x % kRowThreads, end = keys.end / 4; // in float4
     const float sink = args.sinks.data ? load_per_head<float>(args.sinks, 0, h) : -infinity(0.0f);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_output(const __grid_const
     const SplitBlock block = split_block(split);
     const fa_sequence &seq = block.seq;
     if (block.rows == 0) return;
-    const KeyTiles keys = key_tiles(args, seq, block.row0);
+    const KeySteps keys = key_steps(args, seq, block.row0);
 
     const float *p = split.p + ((block.b * args.heads_q + block.h) * args.seqlen_q + block.row0) * split.ld;
     const Element *v = static_cast<const Element *>(args.v.data) +
