@@ -94,21 +94,23 @@ __device__ __forceinline__ void load_rows(float (*tile)[kSplitLine], const Eleme
         tile[row][d] = row < rows && d < cols ? static_cast<float>(source[row * stride + d]) : 0;
 }
 
-// acc += a^T b
-__device__ __forceinline__ void multiply(float (&acc)[kThreadRows][kThreadCols], const SplitSmem &smem) {
+// acc += a^T b over the first `depth` lines of the tiles, in groups of 8: what is past the end of both is 0
+__device__ __forceinline__ void multiply(float (&acc)[kThreadRows][kThreadCols], const SplitSmem &smem, int64_t depth) {
     const int row = threadIdx.x / 16 * kThreadRows, col = threadIdx.x % 16 * kThreadCols;
-#pragma unroll 8
-    for (int d = 0; d < kSplitDepth; ++d) {
-        const float4 a0 = *reinterpret_cast<const float4 *>(&smem.a[d][row]);
-        const float4 a1 = *reinterpret_cast<const float4 *>(&smem.a[d][row + 4]);
-        const float4 b = *reinterpret_cast<const float4 *>(&smem.b[d][col]);
-        const float a[kThreadRows] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+    for (int group = 0; group < kSplitDepth && group < depth; group += 8) {
 #pragma unroll
-        for (int i = 0; i < kThreadRows; ++i) {
-            acc[i][0] += a[i] * b.x;
-            acc[i][1] += a[i] * b.y;
-            acc[i][2] += a[i] * b.z;
-            acc[i][3] += a[i] * b.w;
+        for (int d = group; d < group + 8; ++d) {
+            const float4 a0 = *reinterpret_cast<const float4 *>(&smem.a[d][row]);
+            const float4 a1 = *reinterpret_cast<const float4 *>(&smem.a[d][row + 4]);
+            const float4 b = *reinterpret_cast<const float4 *>(&smem.b[d][col]);
+            const float a[kThreadRows] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i) {
+                acc[i][0] += a[i] * b.x;
+                acc[i][1] += a[i] * b.y;
+                acc[i][2] += a[i] * b.z;
+                acc[i][3] += a[i] * b.w;
+            }
         }
     }
 }
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_scores(const __grid_const
         load_transposed(smem.a, q + d, args.q.stride_l, block.rows, args.head_dim - d);
         load_transposed(smem.b, k + d, args.k.stride_l, cols, args.head_dim - d);
         __syncthreads(); // both tiles are whole
-        multiply(acc, smem);
+        multiply(acc, smem, args.head_dim - d);
         __syncthreads(); // every thread is done with them
     }
 
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_output(const __grid_const
         load_transposed(smem.a, p + key, split.ld, block.rows, kSplitDepth);
         load_rows(smem.b, v + key * args.v.stride_l, args.v.stride_l, seq.len_k - key, args.head_dim_v - block.col0);
         __syncthreads(); // both tiles are whole
-        multiply(acc, smem);
+        multiply(acc, smem, seq.len_k - key);
         __syncthreads(); // every thread is done with them
     }
 
