@@ -1,7 +1,7 @@
 // Attention in three kernels with the score matrix between them, each tiled for its own bottleneck: what fusing them is
 // held against. Forward only; float32, float16 and bfloat16, multiplied and summed in float32.
 //
-//   split_scores   a block: 64 rows x 64 keys of  s = modified(softmax_scale q k^T), -inf where a row does not see a key
+//   split_scores   a block: 64 rows x 64 keys of  s = modified(softmax_scale q k^T), -inf where a row sees no key
 //   split_softmax  a warp, or for long rows a block, makes a row of s a row of P in place, and writes its lse
 //   split_output   a block: 64 rows x 64 elements of  o = P v / (1 - p)
 //
@@ -72,7 +72,7 @@ __device__ __forceinline__ SplitBlock split_block(const Split &split) {
 
 // ---- one tile product -----------------------------------------------------------------------------------------------
 
-// tile[d][row] = source[row][d] for 64 rows and 32 columns, 0 outside `rows` and `cols`. A warp reads 8 columns of 4 rows.
+// tile[d][row] = source[row][d] for 64 rows and 32 columns, 0 outside `rows` and `cols`. A warp: 8 columns of 4 rows.
 template <typename Element>
 __device__ __forceinline__ void load_transposed(float (*tile)[kSplitLine], const Element *source, int64_t stride,
                                                 int rows, int64_t cols) {
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kSplitThreads) split_scores(const __grid_const
     }
 }
 
-// The largest of, or the sum of, what the kRowThreads threads of a row hold; every one of them gets it. parts: one float
-// for each warp of a block.
+// The largest of, or the sum of, what the kRowThreads threads of a row hold; each of them gets it. parts: one float for
+// each warp of a block.
 template <int kRowThreads, bool kLargest>
 __device__ __forceinline__ float over_row(float x, float *parts) {
     for (int apart = 16; apart > 0; apart /= 2) {
