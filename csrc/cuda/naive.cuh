@@ -5,8 +5,8 @@
 //   backward  scores s -> P, delta = rowsum(d_o * o) - d_lse -> dS = P * (dropout(d_o v^T) - delta)
 //             -> d_v = dropout(P)^T d_o, d_q = softmax_scale dS k, d_k = softmax_scale dS^T q, and sums of dS
 //
-// Of a matrix only the visible entries are written and read. Dropout puts zeros into P once lse or dS has been taken from
-// it; its 1 / (1 - p) multiplies sums. Nothing is added up by two threads, so that every run gives the same bits.
+// Of a matrix only the visible entries are written and read. Dropout puts zeros into P once lse or dS has been taken
+// from it; its 1 / (1 - p) multiplies sums. No two threads add to one sum, so that every run gives the same bits.
 #ifndef FA_NAIVE_CUH
 #define FA_NAIVE_CUH
 
@@ -45,7 +45,7 @@ static Naive<Real> naive_of(const fa_backward_args &backward, bool is_backward) 
 
 // ---- who does what --------------------------------------------------------------------------------------------------
 
-// A thread takes every index_step()-th element from first_index() on: one, unless there are more than a grid has threads.
+// A thread takes every index_step()-th element from first_index() on: one, unless a grid has too few threads.
 __device__ __forceinline__ int64_t first_index() {
     return static_cast<int64_t>(blockIdx.x) * kNaiveThreads + threadIdx.x;
 }

@@ -1,12 +1,12 @@
 // Attention in three kernels with the score matrix between them, each tiled for its own bottleneck: what fusing them is
 // held against. Forward only; float32, float16 and bfloat16, multiplied and summed in float32.
 //
-//   split_scores   a block: 64 rows x 64 keys of  s = modified(softmax_scale q k^T), -inf where a row does not see a key
+//   split_scores   a block: 64 rows x 64 keys of  s = modified(softmax_scale q k^T), -inf where a row sees no key
 //   split_softmax  a warp, or for long rows a block, makes a row of s a row of P in place, and writes its lse
 //   split_output   a block: 64 rows x 64 elements of  o = P v / (1 - p)
 //
-// The scores of a block of 64 rows exist for the keys that any of its rows may see, in whole tiles: KeyTiles. All three
-// kernels visit these and no others, and within them P is 0 wherever a row does not see a key.
+// The scores of a block of 64 rows exist for the keys that any of its rows may see, in whole steps of 32: KeySteps. No
+// kernel reads others, and among them P is 0 wherever a row does not see a key.
 //
 // Both products run 64 x 64 x 32 at a time through shared memory, a holding its rows down the columns:
 //
@@ -42,22 +42,22 @@ struct Split {
     int64_t column_tiles; // of seqlen_k for split_scores, of head_dim_v for split_output
 };
 
-struct KeyTiles {
-    int64_t begin, end; // keys, multiples of kSplitTile; begin = end: no row sees any
+struct KeySteps {
+    int64_t begin, end; // keys, multiples of kSplitDepth; begin = end: no row sees any
 };
 
 // Both ends of a row's visible keys grow with the row.
-__device__ __forceinline__ KeyTiles key_tiles(const fa_forward_args &args, const fa_sequence &seq, int64_t row) {
+__device__ __forceinline__ KeySteps key_steps(const fa_forward_args &args, const fa_sequence &seq, int64_t row) {
     const int64_t first = row / kSplitTile * kSplitTile, last = fa_min(first + kSplitTile, seq.len_q) - 1;
     const int64_t lo = fa_visible_keys(&args, &seq, first).lo, hi = fa_visible_keys(&args, &seq, last).hi;
     if (lo >= hi) return {0, 0};
-    return {lo / kSplitTile * kSplitTile, fa_round_up(hi, kSplitTile)};
+    return {lo / kSplitDepth * kSplitDepth, fa_round_up(hi, kSplitDepth)};
 }
 
 struct SplitBlock { // where a block of the two products stands
     int64_t b, h, h_kv, row0, col0;
     fa_sequence seq;
-    int rows; // that the sequence has from row0 on: at most kSplitTile, none if <= 0
+    int rows; // that the sequence has from row0 on, at most kSplitTile
 };
 
 __device__ __forceinline__ SplitBlock split_block(const Split &split) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ SplitBlock split_block(const Split &split) {
 
 // ---- one tile product -----------------------------------------------------------------------------------------------
 
-// tile[d][row] = source[row][d] for 64 rows and 32 columns, 0 outside `rows` and `cols`. A warp reads 8 columns of 4 rows.
+// tile[d][row] = source[row][d] for 64 rows and 32 columns, 0 outside `rows` and `cols`. A warp: 8 columns of 4 rows.
 template <typename Element>
 __device__ __forceinline__ void load_transposed(float (*tile)[kSplitLine], const Element *source, int64_t stride,
                                                 int rows, int64_t cols) {
@@ -94,21 +94,23 @@ __device__ __forceinline__ void load_rows(float (*tile)[kSplitLine], const Eleme
         tile[row][d] = row < rows && d < cols ? static_cast<float>(source[row * stride + d]) : 0;
 }
 
-// acc += a^T b
-__device__ __forceinline__ void multiply(float (&acc)[kThreadRows][kThreadCols], const SplitSmem &smem) {
+// acc += a^T b over the first `depth` lines of the tiles, in groups of 8: what is past the end of both is 0
+__device__ __forceinline__ void multiply(float (&acc)[kThreadRows][kThreadCols], const SplitSmem &smem, int64_t depth) {
     const int row = threadIdx.x / 16 * kThreadRows, col = threadIdx.x % 16 * kThreadCols;
-#pragma unroll 8
-    for (int d = 0; d < kSplitDepth; ++d) {
-        const float4 a0 = *reinterpret_cast<const float4 *>(&smem.a[d][row]);
-        const float4 a1 = *reinterpret_cast<const float4 *>(&smem.a[d][row + 4]);
-        const float4 b = *reinterpret_cast<const float4 *>(&smem.b[d][col]);
-        const float a[kThreadRows] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+    for (int group = 0; group < kSplitDepth && group < depth; group += 8) {
 #pragma unroll
-        for (int i = 0; i < kThreadRows; ++i) {
-            acc[i][0] += a[i] * b.x;
-            acc[i][1] += a[i] * b.y;
-            acc[i][2] += a[i] * b.z;
-            acc[i][3] += a[i] * b.w;
+        for (int d = group; d < group + 8; ++d) {
+            const float4 a0 = *reinterpret_cast<const float4 *>(&smem.a[d][row]);
+            const float4 a1 = *reinterpret_cast<const float4 *>(&smem.a[d][row + 4]);
+            const float4 b = *reinterpret_cast<const float4 *>(&smem.b[d][col]);
+            const float a[kThreadRows] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+#pragma unroll
+            for (int i = 0; i < kThreadRows; ++i) {
+                acc[i][0] += a[i] * b.x;
+                acc[i][1] += a[i] * b.y;
+                acc[i][2] += a[i] * b.z;
+                acc[i][3] += a[i] * b.w;
+            }
         }
     }
 }
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(kSplitThreads) split_scores(const __grid_const
     const SplitBlock block = split_block(split);
     const fa_sequence &seq = block.seq;
     if (block.rows == 0) return;
-    const KeyTiles keys = key_tiles(args, seq, block.row0);
-    if (block.col0 < keys.begin || block.col0 >= keys.end) return;
+    const KeySteps keys = key_steps(args, seq, block.row0);
+    if (block.col0 + kSplitTile <= keys.begin || block.col0 >= keys.end) return;
 
     const Element *q = static_cast<const Element *>(args.q.data) +
                        fa_row_offset(&args.q, seq.batch_index, block.h, seq.row_q + block.row0);
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_scores(const __grid_const
         load_transposed(smem.a, q + d, args.q.stride_l, block.rows, args.head_dim - d);
         load_transposed(smem.b, k + d, args.k.stride_l, cols, args.head_dim - d);
         __syncthreads(); // both tiles are whole
-        multiply(acc, smem);
+        multiply(acc, smem, args.head_dim - d);
         __syncthreads(); // every thread is done with them
     }
 
@@ -160,8 +162,8 @@ __global__ void __launch_bounds__(kSplitThreads) split_scores(const __grid_const
     }
 }
 
-// The largest of, or the sum of, what the kRowThreads threads of a row hold; every one of them gets it. parts: one float
-// for each warp of a block.
+// The largest of, or the sum of, what the kRowThreads threads of a row hold; each of them gets it. parts: one float for
+// each warp of a block.
 template <int kRowThreads, bool kLargest>
 __device__ __forceinline__ float over_row(float x, float *parts) {
     for (int apart = 16; apart > 0; apart /= 2) {
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) split_softmax(const __grid_co
     const fa_sequence seq = fa_sequence_at(&args, b);
     if (row >= seq.len_q) return;
 
-    const KeyTiles keys = key_tiles(args, seq, row);
+    const KeySteps keys = key_steps(args, seq, row);
     float4 *p = reinterpret_cast<float4 *>(split.p + index * split.ld);
     const int64_t first = keys.begin / 4 + threadIdx.x % kRowThreads, end = keys.end / 4; // in float4
     const float sink = args.sinks.data ? load_per_head<float>(args.sinks, 0, h) : -infinity(0.0f);
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_output(const __grid_const
     const SplitBlock block = split_block(split);
     const fa_sequence &seq = block.seq;
     if (block.rows == 0) return;
-    const KeyTiles keys = key_tiles(args, seq, block.row0);
+    const KeySteps keys = key_steps(args, seq, block.row0);
 
     const float *p = split.p + ((block.b * args.heads_q + block.h) * args.seqlen_q + block.row0) * split.ld;
     const Element *v = static_cast<const Element *>(args.v.data) +
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(kSplitThreads) split_output(const __grid_const
         load_transposed(smem.a, p + key, split.ld, block.rows, kSplitDepth);
         load_rows(smem.b, v + key * args.v.stride_l, args.v.stride_l, seq.len_k - key, args.head_dim_v - block.col0);
         __syncthreads(); // both tiles are whole
-        multiply(acc, smem);
+        multiply(acc, smem, seq.len_k - key);
         __syncthreads(); // every thread is done with them
     }
 
