@@ -77,7 +77,7 @@ def _request(
     deterministic: bool = True,
     impl: str = "auto",
 ) -> tuple[Any, ...]:
-    """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings.cpp)."""
+    """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings/request.h)."""
     lengths = (seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     for name, t in zip(_ops.TENSOR_NAMES, (q, k, v, bias, alibi_slopes, sinks, *lengths), strict=False):
         if name in ("q", "k", "v") or t is not None:
