@@ -31,7 +31,9 @@ using torch::jit::Stack;
     "Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, SymInt max_seqlen_q, "               \
     "SymInt max_seqlen_k, float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, "                \
     "float softcap, float dropout_p, bool deterministic, str impl"
-enum { kRequestSize = 21 };
+// Of each: a tensor, an int, a float, a bool, a string; in capitals where it may be None.
+#define FA_REQUEST_KINDS "tttTTTTTTTTiiFbiiffbs"
+enum { kRequestSize = sizeof FA_REQUEST_KINDS - 1 };
 enum {
     kTensors = 11,
     kDifferentiable = 6
