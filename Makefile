@@ -140,7 +140,7 @@ $(BUILD)/torch: $(ENVIRONMENT) FORCE
 	@$(PY) -c 'import sys; from importlib.metadata import version; print(sys.prefix, version("torch"))' > $@.$$$$ && \
 	{ compgen -G 'flash_attention/_C*.so' >/dev/null && cmp -s $@.$$$$ $@ && rm $@.$$$$ || mv $@.$$$$ $@; }
 
-$(EXTENSION): csrc/bindings.cpp setup.py $(LIB) $(BUILD)/libflash_attention.libs $(BUILD)/torch
+$(EXTENSION): $(wildcard csrc/bindings/*) setup.py $(LIB) $(BUILD)/libflash_attention.libs $(BUILD)/torch
 	+$(ONE_AT_A_TIME) $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -1,4 +1,4 @@
-# Builds flash_attention._C: csrc/bindings.cpp against the torch that will import it, linked with the C core that
+# Builds flash_attention._C: csrc/bindings/ against the torch that will import it, linked with the C core that
 # `make lib` builds. An extension fits one torch minor version, so the torch already installed is looked for even from
 # within pip's isolated build environment; only where there is none does the build ask for one of its own.
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, __version__, find_packages, setup
@@ -60,12 +61,12 @@ setup(
     ext_modules=[
         CppExtension(
             "flash_attention._C",
-            ["csrc/bindings.cpp"],
+            sorted(glob("csrc/bindings/*.cpp")),
             include_dirs=[str(ROOT.resolve() / "csrc")],
             # at::parallel_for runs on torch's OpenMP threads: compiled with -fopenmp, never linked with a second pool
             extra_compile_args=["-O2", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else []),
             extra_objects=[str(LIB)],
-            depends=[str(LIB), "csrc/flash_attention.h"],
+            depends=[str(LIB), "csrc/flash_attention.h", "csrc/bindings/request.h"],
         )
     ],
     cmdclass={"build_ext": build_extension},

@@ -166,6 +166,13 @@ static fa_status check_request(const fa_forward_args *args) {
     return args->device == FA_CPU && !fa_cpu_isa() ? FA_ERROR_VALUE : FA_OK; // its sentence names the variable
 }
 
+static fa_status check_lengths(const fa_forward_args *args) {
+    FA_CHECK(check_seqlens("seqlens_q", args->seqlens_q, args->batch, args->seqlen_q));
+    FA_CHECK(check_seqlens("seqlens_k", args->seqlens_k, args->batch, args->seqlen_k));
+    FA_CHECK(check_cu_seqlens("cu_seqlens_q", args->cu_seqlens_q, args->batch, args->total_q, args->seqlen_q));
+    return check_cu_seqlens("cu_seqlens_k", args->cu_seqlens_k, args->batch, args->total_k, args->seqlen_k);
+}
+
 // What is behind the pointers; lengths are read where the host can.
 static fa_status check_data(const fa_forward_args *args) {
     FA_CHECK(check_tensor("q", &args->q, q_rows(args)));
@@ -173,11 +180,7 @@ static fa_status check_data(const fa_forward_args *args) {
     FA_CHECK(check_tensor("v", &args->v, k_rows(args)));
     FA_CHECK(check_tensor("o", &args->o, q_rows(args)));
     FA_CHECK(check_tensor("lse", &args->lse, q_rows(args)));
-    if (args->device != FA_CPU) return FA_OK;
-    FA_CHECK(check_seqlens("seqlens_q", args->seqlens_q, args->batch, args->seqlen_q));
-    FA_CHECK(check_seqlens("seqlens_k", args->seqlens_k, args->batch, args->seqlen_k));
-    FA_CHECK(check_cu_seqlens("cu_seqlens_q", args->cu_seqlens_q, args->batch, args->total_q, args->seqlen_q));
-    return check_cu_seqlens("cu_seqlens_k", args->cu_seqlens_k, args->batch, args->total_k, args->seqlen_k);
+    return args->device == FA_CPU ? check_lengths(args) : FA_OK;
 }
 
 static fa_status check_gradients(const fa_backward_args *args) {
@@ -304,6 +307,11 @@ fa_status fa_kernel_verdict(int32_t index, const fa_forward_args *args, fa_pass 
 }
 
 // ---- entries --------------------------------------------------------------------------------------------------------
+
+fa_status fa_check_lengths(const fa_forward_args *args) {
+    FA_CHECK(check_request(args));
+    return check_lengths(args);
+}
 
 fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes) {
     const fa_kernel *kernel = NULL;

@@ -125,6 +125,11 @@ typedef struct fa_backward_args {
 fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes);
 fa_status fa_backward_workspace_bytes(const fa_backward_args *args, size_t *bytes);
 
+// Refuses lengths that are negative, decrease or reach beyond the tensors. fa_forward and fa_backward do so themselves on
+// FA_CPU; on FA_CUDA, where lengths are never read by the host, kernels cut them to the tensors instead. Here seqlens_* and
+// cu_seqlens_* point to host memory, for either device; no other pointer is followed.
+fa_status fa_check_lengths(const fa_forward_args *args);
+
 fa_status fa_forward(const fa_forward_args *args);
 fa_status fa_backward(const fa_backward_args *args);
 

@@ -16,6 +16,16 @@ def _devices() -> str:
     return ", ".join(names)
 
 
+def _cuda(built_for: list[str]) -> str:
+    """Whether a GPU is used, and what would have to change for it."""
+    if not torch.cuda.is_available():
+        seen = "no GPU is seen" if torch.backends.cuda.is_built() else "this torch is built without CUDA"
+        return f"not used: {seen}"
+    if "cuda" not in built_for:
+        return "not used: this build has no kernels for it; build again with FA_CUDA=1, which needs nvcc"
+    return f"used, by way of CUDA {torch.version.cuda} in torch"
+
+
 def main() -> None:
     kernels = _C.kernels()
     built_for = sorted({device for _, device in kernels})
@@ -27,6 +37,7 @@ def main() -> None:
         "python": platform.python_version(),
         "devices": _devices(),
         "instruction set": _C.cpu_isa(),
+        "cuda": _cuda(built_for),
         "live kernels": ", ".join(f"{impl} ({device})" for impl, device in kernels if device in live),
         "loaded from": _C.__file__,
     }

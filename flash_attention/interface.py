@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attention import ops as _ops  # registers torch.ops.flash_attention
+from flash_attention.ops import _C  # registers torch.ops.flash_attention
 
 
 class KernelVerdict(NamedTuple):
@@ -19,31 +19,6 @@ class KernelVerdict(NamedTuple):
     """"chosen", "slower", "not the impl asked for", or every reason for refusing."""
 
 
-def _seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The 64-bit Philox key as an int64 tensor on the device; None without dropout."""
-    if not dropout_p:
-        return None
-    if isinstance(seed, Tensor):
-        return seed
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    _require_type("seed", seed, _INTEGER, "an int or an int64 tensor of one element")
-    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)  # the same 64 bits
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast, q, k, v in its dtype (float64 stays as it is), as matmul does, and 16-bit bias or sinks."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    inputs = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(
-        t.to(dtype) if t is not None and t.dtype in (inputs if i < 3 else inputs[1:]) else t
-        for i, t in enumerate(tensors)
-    )
-
-
 def _require_type(name: str, value: Any, types: tuple[type, ...], words: str) -> None:
     if not isinstance(value, types):
         raise TypeError(f"{name} is {type(value).__name__}: must be {words}")
@@ -51,6 +26,17 @@ def _require_type(name: str, value: Any, types: tuple[type, ...], words: str) ->
 
 _INTEGER = (int, torch.SymInt)
 _NUMBER = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def _seed_tensor(seed: int | Tensor | None, q: Tensor) -> Tensor:
+    """The 64-bit Philox key as an int64 tensor on q's device."""
+    if isinstance(seed, Tensor):
+        return seed
+    _require_type("q", q, (Tensor,), "a tensor")
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    _require_type("seed", seed, _INTEGER, "an int or an int64 tensor of one element")
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)  # the same 64 bits
 
 
 def _request(
@@ -77,31 +63,47 @@ def _request(
     deterministic: bool = True,
     impl: str = "auto",
 ) -> tuple[Any, ...]:
-    """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings.cpp)."""
-    lengths = (seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
-    for name, t in zip(_ops.TENSOR_NAMES, (q, k, v, bias, alibi_slopes, sinks, *lengths), strict=False):
-        if name in ("q", "k", "v") or t is not None:
-            _require_type(name, t, (Tensor,), "a tensor")
+    """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings/request.h)."""
     left, right = window_size
-    integers = (
-        ("window_size", left),
-        ("window_size", right),
-        ("max_seqlen_q", max_seqlen_q),
-        ("max_seqlen_k", max_seqlen_k),
-    )
-    for name, n in integers:
-        _require_type(name, n, _INTEGER, "made of ints")
-        if not -(2**63) <= n < 2**63:
-            raise ValueError(f"{name} {n}: must fit 64 bits")
-    for name, x in (("softcap", softcap), ("dropout_p", dropout_p), ("softmax_scale", softmax_scale)):
-        if x is not None or name != "softmax_scale":
-            _require_type(name, x, _NUMBER, "a number")
-    _require_type("impl", impl, (str,), "a string")
-    q, k, v, bias, sinks = _autocast(q, k, v, bias, sinks)
+    seed = _seed_tensor(seed, q) if dropout_p else None
     return (
-        *(q, k, v, bias, alibi_slopes, sinks, *lengths, _seed_tensor(seed, dropout_p, q.device)),
+        *(q, k, v, bias, alibi_slopes, sinks, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, seed),
         *(max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap, dropout_p, deterministic, impl),
     )
+
+
+_TYPES = {
+    "Tensor": ((Tensor,), "a tensor"),
+    "int": (_INTEGER, "made of ints"),
+    "float": (_NUMBER, "a number"),
+    "str": ((str,), "a string"),
+}  # a bool is whatever is true or false
+# Place, name, types, the types in words, whether None will do.
+_ARGUMENTS = [
+    (place, "window_size" if argument.name.startswith("window") else argument.name, *_TYPES[kind], kind != text)
+    for place, argument in enumerate(torch.ops.flash_attention.forward.default._schema.arguments)
+    if (kind := (text := str(argument.type)).removeprefix("Optional[").removesuffix("]")) in _TYPES
+]
+
+
+def _checked(request: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The request, or TypeError and ValueError by name for what torch.ops would refuse in words of its own."""
+    for place, name, types, words, may_be_none in _ARGUMENTS:
+        value = request[place]
+        if value is not None or not may_be_none:
+            _require_type(name, value, types, words)
+        if types is _INTEGER and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} {value}: must fit 64 bits")
+    return request
+
+
+def _forward(request: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """o and lse: by the short way into the op where every argument is plain, else by torch.ops, which may be traced."""
+    if not torch.compiler.is_compiling():
+        results = _C.forward(*request)
+        if results is not NotImplemented:
+            return results
+    return torch.ops.flash_attention.forward(*_checked(request))
 
 
 def flash_attention(
@@ -143,7 +145,9 @@ def flash_attention(
         alibi_slopes: (Hq,) or (B, Hq) float32 (or float64 with float64 inputs).
         sinks: (Hq,) in q's dtype or float32: one more logit per head, whose value is zero.
         seqlens_q, seqlens_k: (B,) int32: lengths of right-padded sequences; offset is then each sequence's own.
-            Padded query rows give o = 0, lse = −inf, and take and give no gradient.
+            Padded query rows give o = 0, lse = −inf, and take and give no gradient. On a GPU lengths are never read by
+            the host, and cut to the tensors; with FLASH_ATTENTION_CHECK=1 in the environment, looked up at each call,
+            they are copied to the host and checked as on the CPU (which no CUDA graph can capture).
         dropout_p: probability in [0, 1) of dropping an entry of P, in steps of 2^-16; kept ones are scaled by 1/(1−p).
         seed: int, or int64 tensor of one element, that determines the dropped entries; None draws one from torch's
             generator of the device.
@@ -162,8 +166,8 @@ def flash_attention(
 
     Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
     """
-    o, lse = torch.ops.flash_attention.forward(
-        *_request(
+    o, lse = _forward(
+        _request(
             q,
             k,
             v,
@@ -220,10 +224,10 @@ def flash_attention_varlen(
 
     Raises:
         ValueError, TypeError: as flash_attention(), and for cumulative lengths that do not start at 0, decrease, end
-            beyond the tensor or exceed max_seqlen.
+            beyond the tensor or exceed max_seqlen (on a GPU with FLASH_ATTENTION_CHECK=1, as there).
     """
-    o, lse = torch.ops.flash_attention.forward(
-        *_request(
+    o, lse = _forward(
+        _request(
             q,
             k,
             v,
@@ -260,7 +264,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **option
     Raises:
         ValueError, TypeError: as flash_attention(), for a request that no kernel could serve.
     """
-    cells = torch.ops.flash_attention.explain(*_request(q, k, v, **options), backward)
+    cells = torch.ops.flash_attention.explain(*_checked(_request(q, k, v, **options)), backward)
     return [KernelVerdict(*cells[i : i + 3]) for i in range(0, len(cells), 3)]
 
 
@@ -269,4 +273,4 @@ def workspace_bytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, 
 
     Args, Raises: as explain().
     """
-    return torch.ops.flash_attention.workspace_bytes(*_request(q, k, v, **options), backward)
+    return torch.ops.flash_attention.workspace_bytes(*_checked(_request(q, k, v, **options)), backward)

@@ -1,7 +1,7 @@
-"""The custom ops: torch.ops.flash_attention.forward and .backward, their fake kernels and their autograd formula.
+"""The custom ops: torch.ops.flash_attention.forward and .backward, and their fake kernels.
 
-Schemas and kernels are registered by the C extension (csrc/bindings.cpp); what is here lets torch.compile, torch.export
-and autograd see through them.
+Schemas, kernels, autograd and autocast are registered by the C extension (csrc/bindings/); what is here lets
+torch.compile and torch.export see the shapes.
 """
 
 from __future__ import annotations
@@ -55,31 +55,3 @@ def _backward_fake(d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, *a
         for t, want in zip((args[_BIAS], args[_SLOPES], args[_SINKS]), args[-1], strict=True)
     )
     return tuple(_empty_in_layout_of(t, t.shape[-1]) for t in (q, k, v)) + tuple(extras)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:_TENSORS])
-    ctx.values = inputs[_TENSORS:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    o, lse, *tensors = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    if d_o is None and d_lse is None:
-        return (None,) * len(needs)
-    wanted = [needs[i] and tensors[i] is not None for i in (_BIAS, _SLOPES, _SINKS)]
-    gradients = torch.ops.flash_attention.backward(
-        torch.zeros_like(o) if d_o is None else d_o, d_lse, o, lse, *tensors, *ctx.values, wanted
-    )
-    useful = (*needs[:_BIAS], *wanted)
-    kept = tuple(g if use else None for g, use in zip(gradients, useful, strict=True))
-    return kept + (None,) * (len(needs) - len(kept))
-
-
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError("flash_attention has no second derivative: its backward is not differentiable")
-
-
-torch.library.register_autograd("flash_attention::forward", _backward, setup_context=_setup_context)
-torch.library.register_autograd("flash_attention::backward", _no_second_derivative)

@@ -16,6 +16,7 @@ from benchmarks import (
     checking,
     demo,
     grid,
+    host,
     implementations,
     plot_attention_sweep,
     visualize_results,
@@ -103,6 +104,18 @@ def test_every_benchmark_writes_its_results_and_one_overview(tmp_path: Path) -> 
 def test_backward_of_one_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _tiny_run(attention.main, tmp_path, "--Tq", "40", "--H", "2", "--backward", "--impl", "fused", "--no-memory")
     assert "bwd" in capsys.readouterr().out
+
+
+def test_host_time_has_a_row_for_each_implementation_and_pass(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    host.main(["--device", "cpu", "--batches", "1", "--output", str(tmp_path)])
+    torch.set_num_threads(threads)
+    frame = pandas.read_csv(tmp_path / host.CSV)
+    assert list(frame.columns) == host.COLUMNS
+    assert set(frame["pass"]) == {"fwd", "fwd+bwd"} and {"auto", "fused", host.DEFAULT} <= set(frame["impl"])
+    timed = frame[frame["status"] == "ok"]
+    assert (timed["us_min"] <= timed["us"]).all() and (timed["us"] <= timed["us_max"]).all()
+    assert (timed.loc[timed["impl"] == host.DEFAULT, "ratio"] == 1).all() and len(timed) >= 8
 
 
 def test_a_missing_device_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:

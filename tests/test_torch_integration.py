@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CASES = (
     Case("f64", 16, 8, lengths_q=(3, 33), lengths_k=(33, 7), softcap=2.0, window=(9, 0)),
     Case("f32", packed=True, lengths_q=(3, 0, 33), lengths_k=(33, 7, 5), sinks=True),
 )
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated")
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -130,6 +130,20 @@ def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
     assert q.grad.dtype == torch.float32
 
 
+def test_autocast_is_traced_and_leaves_float64_alone() -> None:
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    bias, slopes = torch.randn(40, 40).half(), torch.rand(2)
+    compiled = torch.compile(flash_attention, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        o = compiled(q, k, v, bias=bias, alibi_slopes=slopes)
+        assert torch.equal(o, flash_attention(q, k, v, bias=bias, alibi_slopes=slopes))
+        assert flash_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+    assert o.dtype == torch.bfloat16
+    o.sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in (q, k, v))
+
+
 def test_no_grad_and_inference_mode_record_nothing() -> None:
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
     for mode in (torch.no_grad, torch.inference_mode):
@@ -158,12 +172,93 @@ def test_every_subset_of_the_inputs_gets_its_gradients(impl: str) -> None:
                 assert (gradient is None) if name not in wanted else torch.equal(gradient, everything[name])
 
 
-@pytest.mark.filterwarnings("ignore:flash_attention..backward. an autograd kernel was not registered")
+def test_a_gradient_of_one_result_alone_takes_the_other_as_zero() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    o, lse = flash_attention(q, k, v, return_lse=True)
+    both = (o, torch.ones_like(o)), (lse, torch.ones_like(lse))
+    for n, (result, gradient) in enumerate(both):
+        zeros = [g if i == n else torch.zeros_like(g) for i, (_, g) in enumerate(both)]
+        expected = torch.autograd.grad((o, lse), (q, k, v), zeros, retain_graph=True)
+        got = torch.autograd.grad(result, (q, k, v), gradient, retain_graph=True, materialize_grads=True)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_a_gradient_in_any_strides_is_taken() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    expanded = torch.autograd.grad(flash_attention(q, k, v).sum(), (q, k, v))
+    whole = torch.autograd.grad(flash_attention(q, k, v), (q, k, v), torch.ones(1, 2, 9, 8))
+    assert all(torch.equal(x, y) for x, y in zip(expanded, whole, strict=True))
+
+
+def test_what_is_saved_may_not_change_before_the_backward() -> None:
+    leaves = [torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3)]
+    for changed in range(4):
+        tensors = [x * 1 for x in leaves]
+        tensors.append(flash_attention(*tensors))
+        tensors[changed].detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            tensors[3].sum().backward()
+
+
+def test_saved_tensor_hooks_hold_the_inputs() -> None:
+    q, k, v = (torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(flash_attention(q, k, v).sum(), (q, k, v))
+    packed: list[Tensor] = []
+
+    def pack(x: Tensor) -> int:
+        packed.append(x.clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, packed.__getitem__):
+        o = flash_attention(q, k, v)
+    assert sum(torch.equal(x, y) for x in packed for y in (q, k, v)) == 3
+    assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(o.sum(), (q, k, v)), expected, strict=True))
+
+
+def test_a_graph_that_is_used_up_says_so() -> None:
+    q = torch.randn(1, 1, 5, 4, requires_grad=True)
+    o = flash_attention(q, q, q)
+    o.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        o.sum().backward()
+
+
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     q, k, v = (torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3))
     (d_q,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(d_q.sum(), q)
+
+
+def test_a_forward_mode_derivative_is_refused_rather_than_zero() -> None:
+    q, k, v = (torch.randn(1, 1, 5, 4) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: flash_attention(q, k, v), (q,), (q,))
+
+
+class Watched(Tensor):
+    """A subclass that sees every function called with it."""
+
+    functions: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.functions.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_subclasses_and_modes_see_the_op_and_get_the_same_bits() -> None:
+    q, k, v = (torch.randn(1, 1, 5, 4) for _ in range(3))
+    expected = flash_attention(q, k, v, softcap=2)
+    assert torch.equal(flash_attention(nn.Parameter(q), k, v, softcap=2.0), expected)
+    watched = flash_attention(q.as_subclass(Watched), k, v, softcap=2)
+    assert isinstance(watched, Watched) and torch.equal(watched.as_subclass(Tensor), expected)
+    assert any("flash_attention" in str(function) for function in Watched.functions)
+    with torch.device("cpu"):  # a mode
+        assert torch.equal(flash_attention(q, k, v, softcap=2), expected)
+    with Recorder() as recorder:
+        flash_attention(q, k, v)
+    assert [str(op) for op, _ in recorder.calls] == ["flash_attention.forward.default"]
 
 
 def test_modules_take_defaults_that_a_call_overrides_and_drop_only_in_training() -> None:

@@ -122,6 +122,19 @@ static void test_lengths(void) {
     REFUSES(FA_ERROR_VALUE, "total_q -1", (PACK(whole_q, whole_k), args.total_q = -1));
     REFUSES(FA_ERROR_VALUE, "bias", (PACK(whole_q, whole_k), args.bias = (fa_bias){g_in, FA_FLOAT32, 0, 0, 0, 0}));
     REFUSES(FA_ERROR_VALUE, "seqlens_q", (PACK(whole_q, whole_k), args.seqlens_q = too_long));
+
+    prepare("fa_check_lengths, for a GPU");
+    fa_forward_args args = valid_forward();
+    args.device = FA_CUDA;
+    expect(fa_check_lengths(&args) == FA_OK, "%s", fa_error_text());
+    args.seqlens_k = negative;
+    expect_refusal(fa_check_lengths(&args), FA_ERROR_VALUE, "seqlens_k[0] = -1");
+    args.seqlens_k = NULL;
+    PACK(whole_q, whole_k);
+    expect(fa_check_lengths(&args) == FA_OK, "%s", fa_error_text());
+    PACK(whole_q, decreases);
+    expect_refusal(fa_check_lengths(&args), FA_ERROR_VALUE, "cu_seqlens_k[2] = 2 after 3");
+    expect_refusal(fa_check_lengths(NULL), FA_ERROR_VALUE, "args: is NULL");
 #undef PACK
 }
 

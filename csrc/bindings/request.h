@@ -1,22 +1,27 @@
-// The only file that sees torch: tensors in, fa_forward_args out, a status back as a Python exception.
+// What the ops are called with, as the C core takes it: tensors in, fa_forward_args out, a status back as a Python exception.
 //
 // The ops are boxed kernels: each reads its arguments from the stack in the order of its schema, so the list of arguments
 // stands once, in FA_REQUEST, and is parsed once, in Request.
+#ifndef FA_BINDINGS_REQUEST_H
+#define FA_BINDINGS_REQUEST_H
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "flash_attention.h"
 
-namespace {
+namespace fa {
 
 using at::Tensor;
 using torch::jit::Stack;
@@ -26,16 +31,22 @@ using torch::jit::Stack;
     "Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, SymInt max_seqlen_q, "               \
     "SymInt max_seqlen_k, float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, "                \
     "float softcap, float dropout_p, bool deterministic, str impl"
-enum { kRequestSize = 21 };
+// Of each: a tensor, an int, a float, a bool, a string; in capitals where it may be None.
+#define FA_REQUEST_KINDS "tttTTTTTTTTiiFbiiffbs"
+enum { kRequestSize = sizeof FA_REQUEST_KINDS - 1 };
+enum {
+    kTensors = 11,
+    kDifferentiable = 6
+}; // the first arguments are tensors, and the first of these may have gradients
 
-void check(fa_status status) {
+inline void check(fa_status status) {
     if (status == FA_OK) return;
     TORCH_CHECK_TYPE(status != FA_ERROR_TYPE, fa_error_text());
     TORCH_CHECK_VALUE(status == FA_ERROR_DEVICE || status == FA_ERROR_WORKSPACE, fa_error_text());
     TORCH_CHECK(false, fa_error_text());
 }
 
-fa_dtype dtype_of(const char *name, const Tensor &t) {
+inline fa_dtype dtype_of(const char *name, const Tensor &t) {
     switch (t.scalar_type()) {
     case at::kFloat: return FA_FLOAT32;
     case at::kDouble: return FA_FLOAT64;
@@ -45,12 +56,12 @@ fa_dtype dtype_of(const char *name, const Tensor &t) {
     }
 }
 
-void check_shape(const char *name, const Tensor &t, const char *shape, at::IntArrayRef expected) {
+inline void check_shape(const char *name, const Tensor &t, const char *shape, at::IntArrayRef expected) {
     TORCH_CHECK_VALUE(t.sizes() == expected, name, " has shape ", t.sizes(), ": must be ", shape, " = ", expected);
 }
 
 // (B, H, L, D), or (T, H, D) where sequences are packed.
-fa_tensor tensor_of(const char *name, const Tensor &t, bool packed) {
+inline fa_tensor tensor_of(const char *name, const Tensor &t, bool packed) {
     TORCH_CHECK_VALUE(t.dim() == (packed ? 3 : 4), name, " has shape ", t.sizes(), ": must be ",
                       packed ? "(tokens, heads, head_dim)" : "(batch, heads, length, head_dim)");
     TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) <= 1, name, " has strides ", t.strides(),
@@ -59,12 +70,12 @@ fa_tensor tensor_of(const char *name, const Tensor &t, bool packed) {
                   : fa_tensor{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-fa_tensor lse_tensor(const Tensor &t, bool packed) { // (B, Hq, Lq) or (Hq, Tq)
+inline fa_tensor lse_tensor(const Tensor &t, bool packed) { // (B, Hq, Lq) or (Hq, Tq)
     return packed ? fa_tensor{t.data_ptr(), 0, t.stride(0), t.stride(1)}
                   : fa_tensor{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-fa_bias bias_of(const char *name, const Tensor &t, at::IntArrayRef full) {
+inline fa_bias bias_of(const char *name, const Tensor &t, at::IntArrayRef full) {
     fa_bias bias{t.data_ptr(), dtype_of(name, t), 0, 0, 0, 0};
     int64_t *strides[4] = {&bias.stride_b, &bias.stride_h, &bias.stride_q, &bias.stride_k};
     TORCH_CHECK_VALUE(t.dim() <= 4, name, " has shape ", t.sizes(), ": must broadcast to (B, Hq, Lq, Lk) = ", full);
@@ -78,7 +89,7 @@ fa_bias bias_of(const char *name, const Tensor &t, at::IntArrayRef full) {
     return bias;
 }
 
-fa_per_head per_head_of(const char *name, const Tensor &t, int64_t batch, int64_t heads, bool with_batch) {
+inline fa_per_head per_head_of(const char *name, const Tensor &t, int64_t batch, int64_t heads, bool with_batch) {
     const bool two_axes = with_batch && t.dim() == 2;
     TORCH_CHECK_VALUE(two_axes ? t.size(0) == batch && t.size(1) == heads : t.dim() == 1 && t.size(0) == heads, name,
                       " has shape ", t.sizes(), ": must be (Hq,) = [", heads, "]", with_batch ? " or (B, Hq)" : "");
@@ -86,7 +97,7 @@ fa_per_head per_head_of(const char *name, const Tensor &t, int64_t batch, int64_
     return {t.data_ptr() ? t.data_ptr() : &nothing, dtype_of(name, t), two_axes ? t.stride(0) : 0, t.stride(-1)};
 }
 
-const int32_t *lengths_of(const char *name, const std::optional<Tensor> &t, int64_t count) {
+inline const int32_t *lengths_of(const char *name, const std::optional<Tensor> &t, int64_t count) {
     if (!t) return nullptr;
     TORCH_CHECK_TYPE(t->scalar_type() == at::kInt, name, " is ", t->scalar_type(), ": must be int32");
     TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == count && t->is_contiguous(), name, " has shape ", t->sizes(),
@@ -95,15 +106,22 @@ const int32_t *lengths_of(const char *name, const std::optional<Tensor> &t, int6
     return t->numel() ? t->const_data_ptr<int32_t>() : &nothing;
 }
 
-void run_on_torch_threads(void *context, void (*body)(void *arg, int32_t worker), void *arg) {
+inline void run_on_torch_threads(void *context, void (*body)(void *arg, int32_t worker), void *arg) {
     const int64_t count = reinterpret_cast<intptr_t>(context);
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
         for (int64_t worker = first; worker < last; ++worker) body(arg, static_cast<int32_t>(worker));
     });
 }
 
+inline bool has_cuda_kernels() {
+    fa_kernel_info info{};
+    for (int32_t index = 0; index < fa_kernel_count() && info.device != FA_CUDA; ++index)
+        check(fa_kernel_describe(index, &info));
+    return info.device == FA_CUDA;
+}
+
 // torch's own threads; one where waking them would cost more than the work (results do not depend on the count).
-fa_workers torch_workers(const fa_forward_args &args) {
+inline fa_workers torch_workers(const fa_forward_args &args) {
     const double multiplications = static_cast<double>(args.batch * args.heads_q) * static_cast<double>(args.seqlen_q) *
                                    static_cast<double>(args.seqlen_k) *
                                    static_cast<double>(args.head_dim + args.head_dim_v);
@@ -111,12 +129,13 @@ fa_workers torch_workers(const fa_forward_args &args) {
     return {static_cast<int32_t>(count), run_on_torch_threads, reinterpret_cast<void *>(static_cast<intptr_t>(count))};
 }
 
-// The arguments of FA_REQUEST, from stack position `first` on.
+// The arguments of FA_REQUEST, from stack position `first` on. While it lives, q's GPU is the current one.
 struct Request {
     Tensor q, k, v;
     std::optional<Tensor> bias, alibi_slopes, sinks, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, seed;
     bool packed, deterministic;
     fa_forward_args args{};
+    c10::OptionalDeviceGuard device_guard;
 
     Request(const Stack &stack, size_t first) {
         const auto tensor = [&](size_t i) { return stack[first + i].toOptional<Tensor>(); };
@@ -132,7 +151,20 @@ struct Request {
         args.softmax_scale =
             value(13).isNone() ? 1 / std::sqrt(static_cast<double>(args.head_dim)) : value(13).toDouble();
         read_companions();
-        args.workers = torch_workers(args);
+        if (args.device == FA_CPU)
+            args.workers = torch_workers(args);
+        else
+            enter_device();
+    }
+
+    // The current stream comes from the device's virtual guard, which needs neither CUDA headers nor libtorch_cuda.
+    void enter_device() {
+        static const bool served = has_cuda_kernels();
+        TORCH_CHECK_VALUE(served, "q is on ", q.device(),
+                          " and this build has kernels for the CPU alone: build it with ",
+                          "FA_CUDA=1, which needs nvcc");
+        device_guard.reset_device(q.device());
+        args.stream = c10::impl::VirtualGuardImpl(q.device().type()).getStream(q.device()).native_handle();
     }
 
     void read_inputs(int64_t max_seqlen_q, int64_t max_seqlen_k) {
@@ -213,6 +245,20 @@ struct Request {
         return memory;
     }
 
+    // With FLASH_ATTENTION_CHECK=1, lengths on a GPU are copied to the host and held to what the CPU allows.
+    void check_lengths() const {
+        const char *wanted = std::getenv("FLASH_ATTENTION_CHECK");
+        if (args.device == FA_CPU || !wanted || std::string_view(wanted) != "1") return;
+        std::vector<Tensor> copies;
+        const auto on_host = [&](const std::optional<Tensor> &t) -> const int32_t * {
+            return t ? copies.emplace_back(t->cpu()).const_data_ptr<int32_t>() : nullptr;
+        };
+        fa_forward_args on_cpu = args;
+        on_cpu.seqlens_q = on_host(seqlens_q), on_cpu.seqlens_k = on_host(seqlens_k);
+        on_cpu.cu_seqlens_q = on_host(cu_seqlens_q), on_cpu.cu_seqlens_k = on_host(cu_seqlens_k);
+        check(fa_check_lengths(&on_cpu));
+    }
+
     size_t forward_bytes() const {
         size_t bytes = 0;
         check(fa_forward_workspace_bytes(&args, &bytes));
@@ -220,142 +266,6 @@ struct Request {
     }
 };
 
-size_t backward_bytes(const fa_backward_args &args) {
-    size_t bytes = 0;
-    check(fa_backward_workspace_bytes(&args, &bytes));
-    return bytes;
-}
+} // namespace fa
 
-void forward_op(const c10::OperatorHandle &, Stack *stack) {
-    Request request(*stack, stack->size() - kRequestSize);
-    const size_t bytes = request.forward_bytes(); // refuses a bad request before anything is allocated
-    Tensor o = request.empty_in_layout_of(request.q, request.args.head_dim_v), lse = request.empty_lse();
-    request.args.o = tensor_of("o", o, request.packed), request.args.lse = lse_tensor(lse, request.packed);
-    const Tensor memory = request.workspace(bytes);
-    check(fa_forward(&request.args));
-    torch::jit::drop(*stack, kRequestSize);
-    torch::jit::push(*stack, std::move(o), std::move(lse));
-}
-
-enum { kBackwardSize = 4 + kRequestSize + 1 }; // d_o, d_lse, o, lse; the request; which gradients are wanted
-
-void backward_op(const c10::OperatorHandle &, Stack *stack) {
-    const size_t first = stack->size() - kBackwardSize;
-    Request request(*stack, first + 4);
-    const bool packed = request.packed;
-    const Tensor d_o = (*stack)[first].toTensor(), o = (*stack)[first + 2].toTensor(),
-                 lse = (*stack)[first + 3].toTensor();
-    const std::optional<Tensor> d_lse = (*stack)[first + 1].toOptional<Tensor>();
-    const auto wanted = stack->back().toBoolList(); // bias, alibi_slopes, sinks
-    const Tensor d_o_rows = d_o.stride(-1) == 1 || d_o.size(-1) <= 1 ? d_o : d_o.contiguous(); // an expanded gradient
-    fa_forward_args &args = request.args;
-    const auto check_like = [&](const char *name, const Tensor &t, at::IntArrayRef sizes, at::ScalarType dtype) {
-        check_shape(name, t, "what forward made", sizes);
-        TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ": must be ", dtype);
-        request.same_device(name, t);
-    };
-    std::vector<int64_t> o_sizes = request.q.sizes().vec();
-    o_sizes.back() = args.head_dim_v;
-    check_like("o", o, o_sizes, request.q.scalar_type());
-    check_like("d_o", d_o, o_sizes, request.q.scalar_type());
-    check_like("lse", lse, request.lse_sizes(), request.lse_dtype());
-    if (d_lse) check_like("d_lse", *d_lse, request.lse_sizes(), request.lse_dtype());
-    args.o = tensor_of("o", o, packed), args.lse = lse_tensor(lse, packed);
-
-    fa_backward_args backward{};
-    const auto gradient_of = [&](const std::optional<Tensor> &t, bool want) {
-        return want && t ? at::empty(t->sizes(), t->options()) : at::empty({0}, request.q.options());
-    };
-    Tensor d_q = request.empty_in_layout_of(request.q, args.head_dim);
-    Tensor d_k = request.empty_in_layout_of(request.k, args.head_dim);
-    Tensor d_v = request.empty_in_layout_of(request.v, args.head_dim_v);
-    Tensor d_bias = gradient_of(request.bias, wanted[0]), d_slopes = gradient_of(request.alibi_slopes, wanted[1]);
-    Tensor d_sinks = gradient_of(request.sinks, wanted[2]);
-    backward.d_o = tensor_of("d_o", d_o_rows, packed), backward.d_q = tensor_of("d_q", d_q, packed);
-    backward.d_k = tensor_of("d_k", d_k, packed), backward.d_v = tensor_of("d_v", d_v, packed);
-    if (d_lse) backward.d_lse = lse_tensor(*d_lse, packed);
-    if (request.bias && wanted[0])
-        backward.d_bias = bias_of("d_bias", d_bias, {args.batch, args.heads_q, args.seqlen_q, args.seqlen_k});
-    if (request.alibi_slopes && wanted[1])
-        backward.d_alibi_slopes = per_head_of("d_alibi_slopes", d_slopes, args.batch, args.heads_q, true);
-    if (request.sinks && wanted[2]) backward.d_sinks = per_head_of("d_sinks", d_sinks, args.batch, args.heads_q, false);
-    backward.deterministic = request.deterministic;
-    backward.forward = args;
-    const Tensor memory = request.workspace(backward_bytes(backward));
-    backward.forward.workspace = args.workspace, backward.forward.workspace_bytes = args.workspace_bytes;
-    check(fa_backward(&backward));
-    torch::jit::drop(*stack, kBackwardSize);
-    torch::jit::push(*stack, std::move(d_q), std::move(d_k), std::move(d_v), std::move(d_bias), std::move(d_slopes),
-                     std::move(d_sinks));
-}
-
-void workspace_bytes_op(const c10::OperatorHandle &, Stack *stack) {
-    const Request request(*stack, stack->size() - kRequestSize - 1);
-    fa_backward_args backward{};
-    backward.forward = request.args;
-    const size_t bytes = stack->back().toBool() ? backward_bytes(backward) : request.forward_bytes();
-    torch::jit::drop(*stack, kRequestSize + 1);
-    torch::jit::push(*stack, static_cast<int64_t>(bytes));
-}
-
-// "impl", "device", "verdict" of each kernel, one after the other.
-void explain_op(const c10::OperatorHandle &, Stack *stack) {
-    const Request request(*stack, stack->size() - kRequestSize - 1);
-    const fa_pass pass = stack->back().toBool() ? FA_BACKWARD : FA_FORWARD;
-    c10::List<std::string> rows;
-    for (int32_t index = 0; index < fa_kernel_count(); ++index) {
-        fa_kernel_info info;
-        char verdict[512];
-        check(fa_kernel_describe(index, &info));
-        check(fa_kernel_verdict(index, &request.args, pass, verdict, sizeof verdict));
-        rows.push_back(info.name);
-        rows.push_back(info.device == FA_CUDA ? "cuda" : "cpu");
-        rows.push_back(verdict);
-    }
-    torch::jit::drop(*stack, kRequestSize + 1);
-    torch::jit::push(*stack, std::move(rows));
-}
-
-TORCH_LIBRARY(flash_attention, library) {
-    library.def("forward(" FA_REQUEST ") -> (Tensor o, Tensor lse)");
-    library.def("backward(Tensor d_o, Tensor? d_lse, Tensor o, Tensor lse, " FA_REQUEST ", bool[3] wanted) -> "
-                "(Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_bias, Tensor d_alibi_slopes, Tensor d_sinks)");
-    library.def("workspace_bytes(" FA_REQUEST ", bool backward) -> int");
-    library.def("explain(" FA_REQUEST ", bool backward) -> str[]");
-}
-
-void register_kernels(torch::Library &library) {
-    library.impl("forward", torch::CppFunction::makeFromBoxedFunction<forward_op>());
-    library.impl("backward", torch::CppFunction::makeFromBoxedFunction<backward_op>());
-    library.impl("workspace_bytes", torch::CppFunction::makeFromBoxedFunction<workspace_bytes_op>());
-    library.impl("explain", torch::CppFunction::makeFromBoxedFunction<explain_op>());
-}
-TORCH_LIBRARY_IMPL(flash_attention, CPU, library) { register_kernels(library); }
-TORCH_LIBRARY_IMPL(flash_attention, CUDA, library) { register_kernels(library); }
-
-} // namespace
-
-PYBIND11_MODULE(_C, module) {
-    module.doc() = "The C core of flash_attention; its ops are torch.ops.flash_attention.*";
-    module.attr("version") = FA_VERSION;
-    module.def(
-        "cpu_isa",
-        [] {
-            const char *isa = fa_cpu_isa();
-            if (!isa) throw pybind11::value_error(fa_error_text());
-            return std::string(isa);
-        },
-        "The CPU instruction set in use. Raises ValueError where FLASH_ATTENTION_ISA names none that this machine has.");
-    module.def(
-        "kernels",
-        [] {
-            std::vector<std::pair<std::string, std::string>> rows;
-            for (int32_t index = 0; index < fa_kernel_count(); ++index) {
-                fa_kernel_info info;
-                check(fa_kernel_describe(index, &info));
-                rows.emplace_back(info.name, info.device == FA_CUDA ? "cuda" : "cpu");
-            }
-            return rows;
-        },
-        "(impl, device) of every kernel of this build, fastest first.");
-}
+#endif
