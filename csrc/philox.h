@@ -41,8 +41,9 @@ static FA_HOST_DEVICE int fa_dropout_keeps(uint64_t seed, uint32_t offset, uint3
                                            uint32_t threshold) {
     uint32_t words[4] = {fa_dropout_row_word(row), fa_dropout_col_word(col), head, offset};
     fa_philox(words, (uint32_t)seed, (uint32_t)(seed >> 32));
-    const int field = (int)(4 * ((col >> 3) & 1) + 2 * ((row >> 3) & 1) + (col & 1));
-    return ((words[field >> 1] >> (16 * (field & 1))) & 0xFFFFu) >= threshold;
+    const uint32_t low = (row >> 3) & 1 ? words[1] : words[0], high = (row >> 3) & 1 ? words[3] : words[2];
+    const uint32_t word = (col >> 3) & 1 ? high : low; // no index at run time: the words stay in registers
+    return (col & 1 ? word >> 16 : word & 0xFFFFu) >= threshold;
 }
 
 #endif

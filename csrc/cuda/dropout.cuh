@@ -17,7 +17,7 @@ __device__ __forceinline__ uint64_t dropped_entries(const ScoreRule<Real> &rule,
         if (i & 2) continue;
 #pragma unroll
         for (int j = 0; j < kCols; j += 2) {
-            const int64_t row = first_row + kLanesY * i, col = first_col + kLanesX * j;
+            const int64_t row = first_row + 4 * i, col = first_col + 8 * j;
             uint32_t words[4] = {fa_dropout_row_word(kTransposed ? col : row),
                                  fa_dropout_col_word(kTransposed ? row : col), rule.dropout_head, rule.dropout_offset};
             fa_philox(words, static_cast<uint32_t>(rule.dropout_seed), static_cast<uint32_t>(rule.dropout_seed >> 32));
@@ -25,8 +25,8 @@ __device__ __forceinline__ uint64_t dropped_entries(const ScoreRule<Real> &rule,
             for (int n = 0; n < 4; ++n) {
                 const int i_n = i + 2 * (n & 1), j_n = j + (n >> 1);
                 if (i_n >= kRows || j_n >= kCols) continue;
-                const int64_t query = kTransposed ? first_col + kLanesX * j_n : first_row + kLanesY * i_n;
-                const int64_t key = kTransposed ? first_row + kLanesY * i_n : first_col + kLanesX * j_n;
+                const int64_t query = kTransposed ? first_col + 8 * j_n : first_row + 4 * i_n;
+                const int64_t key = kTransposed ? first_row + 4 * i_n : first_col + 8 * j_n;
                 const uint32_t low = query & 8 ? words[1] : words[0], high = query & 8 ? words[3] : words[2];
                 const uint32_t word = key & 8 ? high : low, bits = key & 1 ? word >> 16 : word & 0xFFFFu;
                 dropped |= static_cast<uint64_t>(bits < rule.dropout_threshold) << (kCols * i_n + j_n);

@@ -18,12 +18,13 @@
 // kRows x kCols scores and kRows x kDim / 8 outputs a thread: as many as the registers hold, since each vector read from
 // shared memory costs four cycles of the SM and serves only as many fma as the tile is wide.
 // kWide: rows of any head_dim; Q and K pass in chunks, and the block makes one slice of kDim columns of O.
-template <typename Real_, int kDim_, int kRows_, int kCols_, bool kWide_>
+template <typename Real_, int kDim_, int kRows_, int kCols_, bool kWide_, int kBlocks_ = 2>
 struct ForwardTile {
     using Real = Real_;
-    static constexpr int kDim = kDim_, kRows = kRows_, kCols = kCols_, kOutputs = kDim / kLanesX;
-    static constexpr int kBlockM = kWarps * kLanesY * kRows, kBlockN = kLanesX * kCols;
+    static constexpr int kDim = kDim_, kRows = kRows_, kCols = kCols_, kOutputs = kDim / Lanes<4>::kLanesX;
+    static constexpr int kBlockM = kWarps * Lanes<4>::kLanesY * kRows, kBlockN = Lanes<4>::kLanesX * kCols;
     static constexpr bool kWide = kWide_;
+    static constexpr int kBlocks = kBlocks_; // to an SM of Hopper
     struct WholeRows {
         Tile<Real, kBlockM, kDim> q;
         Tile<Real, kBlockN, kDim> k;
@@ -41,7 +42,7 @@ static __host__ __device__ int64_t slices_of(const fa_forward_args &args) {
 }
 
 template <typename T, bool kModified>
-__global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_constant__ fa_forward_args args) {
+__global__ void __launch_bounds__(kThreads, T::kBlocks) fused_forward(const __grid_constant__ fa_forward_args args) {
     using Real = typename T::Real;
     constexpr int kRows = T::kRows, kCols = T::kCols, kOutputs = T::kOutputs;
     extern __shared__ __align__(16) unsigned char shared[];
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
     const Rows<Real> k(args.k, args.dtype, seq.batch_index, h_kv, seq.row_k, args.head_dim);
     const Rows<Real> v(args.v, args.dtype, seq.batch_index, h_kv, seq.row_k, args.head_dim_v);
     const ScoreRule<Real> rule(args, seq, b, h);
-    const Lane lane;
+    const Lanes<4> lane;
     const int depth = static_cast<int>(fa_round_up(args.head_dim, kVec<Real>));
     const Real scale = static_cast<Real>(args.softmax_scale);
     const bool full = row_end - row0 == T::kBlockM;
@@ -83,9 +84,9 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
         load_tile(smem.v, v, n0, seq.len_k, slice_col);
         Real acc_s[kRows][kCols] = {};
         if constexpr (T::kWide) {
-            multiply_chunks(acc_s, smem.rows, q, row0, row_end, k, n0, seq.len_k, lane);
+            multiply_chunks<false>(acc_s, smem.rows, q, row0, row_end, k, n0, seq.len_k, lane);
         } else {
-            multiply_nt(acc_s, smem.rows.q, smem.rows.k, depth, lane);
+            multiply_nt<false, kModified ? 1 : 4>(acc_s, smem.rows.q, smem.rows.k, depth, lane);
             __syncthreads(); // K was read: the next one takes its place
             load_tile(smem.rows.k, k, n0 + T::kBlockN, last.hi);
         }
@@ -94,15 +95,15 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
         const uint64_t dropped = kModified ? dropped_entries<kRows, kCols, false>(rule, thread_row, col0) : 0;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            const int64_t row = thread_row + kLanesY * i;
+            const int64_t row = thread_row + lane.kLanesY * i;
             const Span keys = span_of(args, seq, row, col0, whole);
             Real new_max = -infinity(Real());
 #pragma unroll
             for (int j = 0; j < kCols; ++j) {
-                acc_s[i][j] = score_of<kModified>(rule, product(acc_s[i][j], scale), row, col0, kLanesX * j, keys);
+                acc_s[i][j] = score_of<kModified>(rule, product(acc_s[i][j], scale), row, col0, lane.kLanesX * j, keys);
                 new_max = max(new_max, acc_s[i][j]);
             }
-            new_max = max(row_max[i], row_max_of(new_max));
+            new_max = max(row_max[i], row_max_of<lane.kLanesX>(new_max));
             const Real shift = new_max == -infinity(Real()) ? 0 : new_max; // no key yet: e^(-inf - 0) = 0
             const Real rescale = exp_of(row_max[i] - shift);
             row_max[i] = new_max;
@@ -118,15 +119,15 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
         }
         cp_async_wait<T::kWide ? 0 : 1>();
         __syncthreads(); // V is there
-        multiply_nn<T::kBlockN>(acc_o, smem.p, smem.v, lane);
+        multiply_nn<T::kBlockN, kModified ? 1 : 2>(acc_o, smem.p, smem.v, lane);
     }
 
     const Rows<Real> o(args.o, args.dtype, seq.batch_index, h, seq.row_q, args.head_dim_v);
     const Real keep = static_cast<Real>(1 / (1 - args.dropout_p));
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-        const int64_t row = thread_row + kLanesY * i;
-        const Real sum = row_sum_of(row_sum[i]);
+        const int64_t row = thread_row + lane.kLanesY * i;
+        const Real sum = row_sum_of<lane.kLanesX>(row_sum[i]);
         if (row >= row_end) continue;
         const Real normalise = sum > 0 ? keep / sum : 0;
 #pragma unroll
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_forward(const __grid_consta
 // Whether the device has the shared memory that the tile takes.
 template <typename T, bool kModified>
 static bool fits() {
-    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHalfOfHopper));
+    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / T::kBlocks));
     return fa_allow_shared(reinterpret_cast<const void *>(&fused_forward<T, kModified>), sizeof(typename T::Smem));
 }
 
@@ -164,14 +165,14 @@ static fa_status launch(const fa_forward_args *args) {
 // The narrowest tile that holds a row and fits the device; the wide one fits every device.
 template <bool kModified>
 static fa_status by_head_dim(const fa_forward_args *args) {
-    using Tile64 = ForwardTile<float, 64, 8, kModified ? 4 : 8, false>;
+    using Tile64 = ForwardTile<float, 64, 4, 8, false>;
     using Tile128 = ForwardTile<float, 128, 4, 6, false>;
     using Wide = ForwardTile<float, 128, 4, 8, true>;
     const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
     if (dim <= 64 && fits<Tile64, kModified>()) return launch<Tile64, kModified>(args);
     if (dim <= 128 && fits<Tile128, kModified>()) return launch<Tile128, kModified>(args);
-    fits<Wide, kModified>();
-    return launch<Wide, kModified>(args);
+    fits<Wide, true>();
+    return launch<Wide, true>(args);
 }
 
 size_t fa_cuda_fused_forward_bytes(const fa_forward_args *) { return 0; }

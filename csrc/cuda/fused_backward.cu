@@ -35,6 +35,14 @@ __global__ void __launch_bounds__(kThreads)
         store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype, h * args.d_alibi_slopes.stride_h, 0.0);
 }
 
+// Whether a row may see no key, as far as the host can tell.
+static bool may_have_blind_rows(const fa_forward_args *args) {
+    const bool lengths_known = !args->seqlens_q && !args->seqlens_k && !args->cu_seqlens_q;
+    const bool by_position = args->causal || args->window_left >= 0 || args->window_right >= 0;
+    const bool each_sees_itself = args->seqlen_q <= args->seqlen_k; // a window reaches the row's own position
+    return args->bias.data || !lengths_known || args->seqlen_k == 0 || (by_position && !each_sees_itself);
+}
+
 // base NULL: only counts.
 static BackwardPlan plan_of(const fa_backward_args *args, void *base, size_t *bytes) {
     const fa_forward_args *forward = &args->forward;
@@ -49,6 +57,7 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, size_t *by
     plan.delta = fa_take(&arena, row_bytes);
     if (args->d_alibi_slopes.data)
         plan.slope_sums = static_cast<double *>(fa_take(&arena, sizeof(double) * static_cast<size_t>(slopes)));
+    plan.has_blind_rows = may_have_blind_rows(forward);
     fa_fused_plan_bias(args, &plan, &arena);
     *bytes = arena.used_bytes;
     return plan;

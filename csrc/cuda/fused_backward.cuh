@@ -31,6 +31,7 @@ struct BackwardPlan {
     double *slope_sums;             // [batch][heads_q][seqlen_q / kSlopeBlock] of dS |i + offset - j|; NULL: not wanted
     double *bias_sums; // [bias_chunks][elements of d_bias]; NULL: one chunk holds all, or d_bias is not wanted
     int64_t bias_chunks;
+    bool has_blind_rows; // rows that see no key are possible: their d_o, which may be anything, is taken as 0
 };
 
 template <typename Real>
@@ -39,6 +40,12 @@ __device__ __forceinline__ RowValues<Real> row_values(const fa_forward_args &arg
     const int64_t at = args.cu_seqlens_q ? h * args.total_q + seq.row_q : (b * args.heads_q + h) * args.seqlen_q;
     return {static_cast<Real *>(plan.lse) + at, static_cast<Real *>(plan.correction) + at,
             static_cast<Real *>(plan.delta) + at};
+}
+
+// What load_tile asks about rows of d_o.
+template <typename Real>
+__device__ __forceinline__ const Real *blind_rows(const BackwardPlan &plan, const RowValues<Real> &of_row) {
+    return plan.has_blind_rows ? of_row.lse : nullptr;
 }
 
 fa_status fa_fused_backward_rows(const fa_backward_args *args, const BackwardPlan &plan);
@@ -53,14 +60,30 @@ void fa_fused_plan_bias(const fa_backward_args *args, BackwardPlan *plan, fa_are
 template <bool kModified, typename Real>
 __device__ __forceinline__ Real gradient_of(const ScoreRule<Real> &rule, Real &s, Real &dp, int64_t query, int64_t key0,
                                             int n, const Span &keys, Real scale, Real lse, Real correction, Real delta,
-                                            bool dropped, Real keep) {
+                                            Real keep) {
     Real cap_slope = 1;
     const Real score = score_of<kModified>(rule, product(s, scale), query, key0, n, keys, &cap_slope);
     const Real p = exp_of(score - lse - correction);
-    s = kModified && dropped ? Real(0) : p;
-    const Real ds = p * ((kModified ? (dropped ? Real(0) : dp * keep) : dp) - delta);
+    const bool is_kept = !kModified || rule.keeps(query, key0 + n);
+    s = is_kept ? p : Real(0);
+    const Real ds = p * ((is_kept ? kModified ? dp * keep : dp : Real(0)) - delta);
     dp = kModified ? ds * cap_slope : ds;
     return ds;
+}
+
+// tile[column][row] = acc, whose rows are in blocks.
+template <typename Real, int kRows, int kCols, typename TileP, int kY>
+__device__ __forceinline__ void store_transposed(TileP &tile, const Real (&acc)[kRows][kCols], const Lanes<kY> &lane) {
+    const int row = lane.template block_row<Real, kRows>();
+#pragma unroll
+    for (int j = 0; j < kCols; ++j)
+#pragma unroll
+        for (int i = 0; i < kRows; i += kVec<Real>) {
+            Vec<Real> v;
+#pragma unroll
+            for (int c = 0; c < kVec<Real>; ++c) v.x[c] = acc[i + c][j];
+            *reinterpret_cast<Vec<Real> *>(tile.row(lane.col(j)) + row + lane.template block_step<Real>(i)) = v;
+        }
 }
 
 // The sum over the block's threads, in thread 0, in a fixed order. partial: shared, one for each warp.

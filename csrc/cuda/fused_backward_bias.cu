@@ -50,22 +50,20 @@ __device__ __forceinline__ void add_tile(const fa_backward_args &args, const Bac
     const RowValues<Real> of_row = row_values<Real>(forward, seq, plan, b, h);
     const ScoreRule<Real> rule(forward, seq, b, h);
     const Real scale = static_cast<Real>(forward.softmax_scale), keep = static_cast<Real>(1 / (1 - forward.dropout_p));
-    const Lane lane;
+    const Lanes<4> lane;
     Real acc_s[kTileRows][kTileCols] = {}, acc_dp[kTileRows][kTileCols] = {};
-    multiply_chunks(acc_s, smem.chunks, q, row0, row_end, k, key0, seq.len_k, lane);
-    multiply_chunks(acc_dp, smem.chunks, d_o, row0, row_end, v, key0, seq.len_k, lane, of_row.lse);
+    multiply_chunks<false>(acc_s, smem.chunks, q, row0, row_end, k, key0, seq.len_k, lane);
+    multiply_chunks<false>(acc_dp, smem.chunks, d_o, row0, row_end, v, key0, seq.len_k, lane, blind_rows(plan, of_row));
     const int64_t thread_row = row0 + lane.row<kTileRows>(0), col0 = key0 + lane.x;
-    const uint64_t dropped = dropped_entries<kTileRows, kTileCols, false>(rule, thread_row, col0);
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i) {
-        const int64_t row = thread_row + kLanesY * i;
+        const int64_t row = thread_row + lane.kLanesY * i;
         if (row >= row_end) continue;
         const Span keys = span_of(forward, seq, row, col0, false);
 #pragma unroll
         for (int j = 0; j < kTileCols; ++j)
-            acc[i][j] +=
-                gradient_of<true>(rule, acc_s[i][j], acc_dp[i][j], row, col0, kLanesX * j, keys, scale, of_row.lse[row],
-                                  of_row.correction[row], of_row.delta[row], dropped >> (kTileCols * i + j) & 1, keep);
+            acc[i][j] += gradient_of<true>(rule, acc_s[i][j], acc_dp[i][j], row, col0, lane.kLanesX * j, keys, scale,
+                                           of_row.lse[row], of_row.correction[row], of_row.delta[row], keep);
     }
 }
 
@@ -88,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         add_tile<Real>(args, plan, b, h, m * kBlock, n * kBlock, acc, smem);
     }
 
-    const Lane lane;
+    const Lanes<4> lane;
     __syncthreads(); // the last chunk of rows was read: the sums take its place
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i)

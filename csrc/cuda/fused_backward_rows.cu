@@ -21,11 +21,11 @@ __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &s
     const Rows<Real> k(args.k, args.dtype, seq.batch_index, h_kv, seq.row_k, args.head_dim);
     const ScoreRule<Real> rule(args, seq, b, h);
     const Real scale = static_cast<Real>(args.softmax_scale);
-    const Lane lane;
+    const Lanes<4> lane;
     Real sum[kTileRows] = {};
     for (int64_t n0 = first.lo / kBlockN * kBlockN; n0 < last.hi; n0 += kBlockN) {
         Real acc_s[kTileRows][kTileCols] = {};
-        multiply_chunks(acc_s, smem.chunks, q, row0, row_end, k, n0, seq.len_k, lane);
+        multiply_chunks<false>(acc_s, smem.chunks, q, row0, row_end, k, n0, seq.len_k, lane);
 #pragma unroll
         for (int i = 0; i < kTileRows; ++i) {
             const int64_t row = row0 + lane.row<kTileRows>(i), col0 = n0 + lane.x;
@@ -33,13 +33,14 @@ __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &s
             const Span keys = span_of(args, seq, row, col0, false);
 #pragma unroll
             for (int j = 0; j < kTileCols; ++j)
-                sum[i] += exp_of(score_of<true>(rule, product(acc_s[i][j], scale), row, col0, kLanesX * j, keys) - lse);
+                sum[i] +=
+                    exp_of(score_of<true>(rule, product(acc_s[i][j], scale), row, col0, lane.kLanesX * j, keys) - lse);
         }
     }
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i) {
         const int64_t row = row0 + lane.row<kTileRows>(i);
-        Real total = row_sum_of(sum[i]);
+        Real total = row_sum_of<lane.kLanesX>(sum[i]);
         if (row >= row_end || lane.x != 0) continue;
         if (args.sinks.data) total += exp_of(load_per_head<Real>(args.sinks, 0, h) - of_row.lse[row]);
         of_row.correction[row] = total > 0 ? log_of(total) : 0;

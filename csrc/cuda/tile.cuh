@@ -1,24 +1,27 @@
 // Tiles in shared memory and the two matrix products of attention, on CUDA cores.
 //
-// A block is four warps, one above the other; the lanes of a warp stand as 4 x 8 (lane = 8 * y + x). A thread holds kRows
-// rows of a product and kCols of its columns:
+// A block is four warps, one above the other; the lanes of a warp stand as kLanesY x kLanesX (lane = kLanesX * y + x). A
+// thread holds kRows rows of a product and kCols of its columns:
 //
-//   rows     4 kRows * warp + y + 4 i          i < kRows     the lanes of one row are neighbours in a warp
-//   columns  x + 8 j                           j < kCols     of scores (multiply_nt)
-//            kVec (x + 8 j) + c                c < kVec      of outputs (multiply_nn), so that they are stored as vectors
+//   rows     kLanesY (kRows warp + i) + y            apart by kLanesY, or
+//            kVec (kLanesY i' + y) + i''             in blocks of kVec, i = kVec i' + i'', from kLanesY kRows warp on
+//   columns  x + kLanesX j                           of scores (multiply_nt)
+//            kVec (x + kLanesX j') + j''             of outputs (multiply_nn), j = kVec j' + j''
 //
 // Both products read vectors of 16 bytes along the last axis of both operands. A row of a tile is 16 bytes longer than
-// its data: the 8 rows that a quarter of a warp reads then lie in different banks.
+// its data: the 8 rows that a quarter of a warp reads then lie in different banks. Lanes that read the same address cost
+// less: a row costs one cycle of shared memory where all lanes read it, two where each quarter reads its own; a column
+// costs four. So many lanes share rows (kLanesY = 1) where a thread has few columns.
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
 #include "cuda/device.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
-// Bytes of shared memory a block: two blocks to an SM of Hopper; what every GPU from sm_80 on has.
-constexpr size_t kHalfOfHopper = 113 * 1024, kAnyGpu = 99 * 1024;
+// Bytes of shared memory: of an SM of Hopper, less what blocks reserve; of a block on any GPU from sm_80 on.
+constexpr size_t kHopper = 226 * 1024, kAnyGpu = 99 * 1024;
 
-enum { kThreads = 128, kWarps = 4, kLanesY = 4, kLanesX = 8 };
+enum { kThreads = 128, kWarps = 4 };
 
 template <typename Real>
 constexpr int kVec = 16 / sizeof(Real);
@@ -33,68 +36,109 @@ __device__ __forceinline__ Vec<Real> vec_at(const Real *p) {
     return *reinterpret_cast<const Vec<Real> *>(p);
 }
 
-struct Lane {
+template <int kY>
+struct Lanes {
+    static constexpr int kLanesY = kY, kLanesX = 32 / kY;
     int warp, y, x;
-    __device__ Lane() : warp(threadIdx.x / 32), y(threadIdx.x % 32 / kLanesX), x(threadIdx.x % kLanesX) {}
+    __device__ Lanes() : warp(threadIdx.x / 32), y(threadIdx.x % 32 / kLanesX), x(threadIdx.x % kLanesX) {}
     template <int kRows>
     __device__ __forceinline__ int row(int i) const {
         return kLanesY * (kRows * warp + i) + y;
     }
     __device__ __forceinline__ int col(int j) const { return x + kLanesX * j; }
+    // Rows in blocks: the thread's first, and how far the others are from it.
+    template <typename Real, int kRows>
+    __device__ __forceinline__ int block_row() const {
+        return kLanesY * kRows * warp + kVec<Real> * y;
+    }
+    template <typename Real>
+    static constexpr __device__ __forceinline__ int block_step(int i) {
+        return kVec<Real> * kLanesY * (i / kVec<Real>)+i % kVec<Real>;
+    }
 };
 
-// A tile of kHeight rows of kWidth elements, and of P or dS where `scores`: those are also stored by element, and rows
-// 8 banks apart keep the 4 x 8 lanes of a warp from meeting.
-template <typename Real, int kHeight, int kWidth, bool kScores = false>
+// kHeight rows of kWidth elements. kByElement: stored so by 4 x 8 lanes, which rows 8 banks apart keep from meeting.
+template <typename Real, int kHeight, int kWidth, bool kByElement = false>
 struct Tile {
-    static constexpr int kStride = kWidth + (kScores ? 2 : 1) * kVec<Real>;
+    static constexpr int kStride = kWidth + (kByElement ? 2 : 1) * kVec<Real>;
     alignas(16) Real x[kHeight * kStride];
     __device__ __forceinline__ Real *row(int r) { return x + r * kStride; }
     __device__ __forceinline__ const Real *row(int r) const { return x + r * kStride; }
 };
 
 // acc[i][j] += A row . B row over `depth` elements, in order: a sum of products has the same bits in every tile shape.
-template <typename Real, int kRows, int kCols, typename TileA, typename TileB>
+// The operand of which a thread has fewer rows stays in registers while the other one passes.
+template <bool kBlocks, int kUnroll = 4, typename Real, int kRows, int kCols, typename TileA, typename TileB, int kY>
 __device__ __forceinline__ void multiply_nt(Real (&acc)[kRows][kCols], const TileA &a, const TileB &b, int depth,
-                                            const Lane &lane) {
-    const Real *a_row = a.row(lane.row<kRows>(0)), *b_row = b.row(lane.col(0));
-#pragma unroll 1
+                                            const Lanes<kY> &lane) {
+    const Real *a_row = a.row(kBlocks ? lane.template block_row<Real, kRows>() : lane.template row<kRows>(0));
+    const Real *b_row = b.row(lane.col(0));
+    const auto load_a = [&](int i, int d) {
+        return vec_at(a_row + (kBlocks ? Lanes<kY>::template block_step<Real>(i) : kY * i) * TileA::kStride + d);
+    };
+    const auto load_b = [&](int j, int d) { return vec_at(b_row + Lanes<kY>::kLanesX * j * TileB::kStride + d); };
+#pragma unroll kUnroll
     for (int d = 0; d < depth; d += kVec<Real>) {
-        Vec<Real> a_vec[kRows];
+        constexpr bool kKeepA = kRows <= kCols;
+        Vec<Real> kept[kKeepA ? kRows : kCols];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) a_vec[i] = vec_at(a_row + i * kLanesY * TileA::kStride + d);
+        for (int n = 0; n < (kKeepA ? kRows : kCols); ++n) kept[n] = kKeepA ? load_a(n, d) : load_b(n, d);
 #pragma unroll
-        for (int j = 0; j < kCols; ++j) {
-            const Vec<Real> b_vec = vec_at(b_row + j * kLanesX * TileB::kStride + d);
+        for (int m = 0; m < (kKeepA ? kCols : kRows); ++m) {
+            const Vec<Real> passing = kKeepA ? load_b(m, d) : load_a(m, d);
 #pragma unroll
             for (int c = 0; c < kVec<Real>; ++c)
 #pragma unroll
-                for (int i = 0; i < kRows; ++i) acc[i][j] = fma(a_vec[i].x[c], b_vec.x[c], acc[i][j]);
+                for (int n = 0; n < (kKeepA ? kRows : kCols); ++n) {
+                    Real &sum = acc[kKeepA ? n : m][kKeepA ? m : n];
+                    sum = fma(passing.x[c], kept[n].x[c], sum);
+                }
         }
     }
 }
 
 // acc[i] += A row * B, over kDepth rows of B.
-template <int kDepth, typename Real, int kRows, int kCols, typename TileA, typename TileB>
+template <int kDepth, int kUnroll = 4, typename Real, int kRows, int kCols, typename TileA, typename TileB, int kY>
 __device__ __forceinline__ void multiply_nn(Real (&acc)[kRows][kCols], const TileA &a, const TileB &b,
-                                            const Lane &lane) {
-    const Real *a_row = a.row(lane.row<kRows>(0)), *b_col = b.row(0) + lane.x * kVec<Real>;
-#pragma unroll 1
+                                            const Lanes<kY> &lane) {
+    const Real *a_row = a.row(lane.template row<kRows>(0)), *b_col = b.row(0) + lane.x * kVec<Real>;
+    const auto load_a = [&](int i, int d) { return vec_at(a_row + kY * i * TileA::kStride + d); };
+    const auto load_b = [&](int j, int d) {
+        return vec_at(b_col + d * TileB::kStride + j * Lanes<kY>::kLanesX * kVec<Real>);
+    };
+    constexpr int kVecs = kCols / kVec<Real>;
+#pragma unroll kUnroll
     for (int d = 0; d < kDepth; d += kVec<Real>) {
-        Vec<Real> a_vec[kRows];
+        if constexpr (kRows <= kCols) { // A stays
+            Vec<Real> a_vec[kRows];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) a_vec[i] = vec_at(a_row + i * kLanesY * TileA::kStride + d);
+            for (int i = 0; i < kRows; ++i) a_vec[i] = load_a(i, d);
 #pragma unroll
-        for (int u = 0; u < kVec<Real>; ++u)
-#pragma unroll
-            for (int j = 0; j < kCols / kVec<Real>; ++j) {
-                const Vec<Real> b_vec = vec_at(b_col + (d + u) * TileB::kStride + j * kLanesX * kVec<Real>);
+            for (int n = 0; n < kVec<Real> * kVecs; ++n) {
+                const int u = n / kVecs, j = n % kVecs;
+                const Vec<Real> b_vec = load_b(j, d + u);
 #pragma unroll
                 for (int c = 0; c < kVec<Real>; ++c)
 #pragma unroll
-                    for (int i = 0; i < kRows; ++i)
-                        acc[i][j * kVec<Real> + c] = fma(a_vec[i].x[u], b_vec.x[c], acc[i][j * kVec<Real> + c]);
+                    for (int i = 0; i < kRows; ++i) {
+                        Real &sum = acc[i][j * kVec<Real> + c];
+                        sum = fma(a_vec[i].x[u], b_vec.x[c], sum);
+                    }
             }
+        } else { // B stays
+            Vec<Real> b_vec[kVec<Real>][kVecs];
+#pragma unroll
+            for (int n = 0; n < kVec<Real> * kVecs; ++n) b_vec[n / kVecs][n % kVecs] = load_b(n % kVecs, d + n / kVecs);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const Vec<Real> a_vec = load_a(i, d);
+#pragma unroll
+                for (int u = 0; u < kVec<Real>; ++u)
+#pragma unroll
+                    for (int n = 0; n < kCols; ++n)
+                        acc[i][n] = fma(a_vec.x[u], b_vec[u][n / kVec<Real>].x[n % kVec<Real>], acc[i][n]);
+            }
+        }
     }
 }
 
@@ -157,33 +201,39 @@ struct Rows {
 template <typename Real, int kHeight, int kWidth>
 __device__ __forceinline__ void load_tile(Tile<Real, kHeight, kWidth> &tile, const Rows<Real> &src, int64_t row0,
                                           int64_t row_end, int col0 = 0, const Real *row_lse = nullptr) {
-    const auto is_valid = [&](int64_t row, int col) {
-        return row < row_end && col < src.width && !(row_lse && row_lse[row] == infinity(Real()));
-    };
+    const auto is_row = [&](int64_t row) { return row < row_end && !(row_lse && row_lse[row] == infinity(Real())); };
     if (src.vectors && fa_dtype_bytes(src.dtype) == sizeof(Real)) {
-        constexpr int kVecs = kWidth / kVec<Real>;
-#pragma unroll 4
-        for (int index = threadIdx.x; index < kHeight * kVecs; index += kThreads) {
-            const int r = index / kVecs, col = col0 + index % kVecs * kVec<Real>;
-            const bool valid = is_valid(row0 + r, col);
-            cp_async_16(tile.row(r) + index % kVecs * kVec<Real>, valid ? src.at(row0 + r, col) : src.data, valid);
+        constexpr int kVecs = kWidth / kVec<Real>, kStep = kThreads / kVecs; // a thread stays in its column
+        const int col = threadIdx.x % kVecs * kVec<Real>;
+        int r = threadIdx.x / kVecs;
+        const char *from = src.at(row0 + r, col0 + col);
+        Real *to = tile.row(r) + col;
+        const bool is_col = col0 + col < src.width;
+#pragma unroll
+        for (int n = 0; n < fa_ceil_div(kHeight, kStep); ++n, r += kStep) {
+            if (kHeight % kStep != 0 && r >= kHeight) break;
+            const bool valid = is_col && is_row(row0 + r);
+            cp_async_16(to + n * kStep * Tile<Real, kHeight, kWidth>::kStride, valid ? from : src.data, valid);
+            from += kStep * src.stride * static_cast<int>(sizeof(Real));
         }
-    } else if (src.vectors && sizeof(Real) == 4) {      // eight 16-bit elements make two vectors
-        constexpr int kEights = kWidth / 8, kBatch = 4; // kBatch loads are in flight
-        for (int first = threadIdx.x; first < kHeight * kEights; first += kBatch * kThreads) {
+    } else if (src.vectors && sizeof(Real) == 4) { // eight 16-bit elements make two vectors
+        constexpr int kEights = kWidth / 8, kStep = kThreads / kEights, kBatch = 4; // kBatch loads are in flight
+        const int col = threadIdx.x % kEights * 8;
+        const char *from = src.at(row0 + threadIdx.x / kEights, col0 + col);
+        const bool is_col = col0 + col < src.width;
+        for (int first = threadIdx.x / kEights; first < kHeight; first += kBatch * kStep) {
             uint4 bits[kBatch];
 #pragma unroll
-            for (int n = 0; n < kBatch; ++n) {
-                const int index = first + n * kThreads, r = index / kEights, col = col0 + index % kEights * 8;
+            for (int n = 0; n < kBatch; ++n, from += kStep * src.stride * 2) {
+                const int r = first + n * kStep;
                 bits[n] = make_uint4(0, 0, 0, 0);
-                if (index < kHeight * kEights && is_valid(row0 + r, col))
-                    bits[n] = *reinterpret_cast<const uint4 *>(src.at(row0 + r, col));
+                if (r < kHeight && is_col && is_row(row0 + r)) bits[n] = *reinterpret_cast<const uint4 *>(from);
             }
 #pragma unroll
             for (int n = 0; n < kBatch; ++n) {
-                const int index = first + n * kThreads;
-                if (index >= kHeight * kEights) break;
-                float4 *to = reinterpret_cast<float4 *>(tile.row(index / kEights) + index % kEights * 8);
+                const int r = first + n * kStep;
+                if (r >= kHeight) break;
+                float4 *to = reinterpret_cast<float4 *>(tile.row(r) + col);
                 const float2 a = unpack(bits[n].x, src.dtype), b = unpack(bits[n].y, src.dtype);
                 const float2 c = unpack(bits[n].z, src.dtype), d = unpack(bits[n].w, src.dtype);
                 to[0] = make_float4(a.x, a.y, b.x, b.y);
@@ -194,8 +244,9 @@ __device__ __forceinline__ void load_tile(Tile<Real, kHeight, kWidth> &tile, con
 #pragma unroll 4
         for (int index = threadIdx.x; index < kHeight * kWidth; index += kThreads) {
             const int r = index / kWidth, col = col0 + index % kWidth;
-            tile.row(r)[index % kWidth] =
-                is_valid(row0 + r, col) ? load<Real>(src.data, src.dtype, (row0 + r) * src.stride + col) : Real(0);
+            tile.row(r)[index % kWidth] = col < src.width && is_row(row0 + r)
+                                              ? load<Real>(src.data, src.dtype, (row0 + r) * src.stride + col)
+                                              : Real(0);
         }
     }
     cp_async_commit();
@@ -212,10 +263,10 @@ struct Chunks {
 };
 
 // acc = A rows . B rows over the whole of their width, chunk by chunk: the bits of multiply_nt over whole rows.
-template <typename Real, int kRows, int kCols, int kHeight, int kWidth>
+template <bool kBlocks, int kUnroll = 1, typename Real, int kRows, int kCols, int kHeight, int kWidth, int kY>
 __device__ __forceinline__ void multiply_chunks(Real (&acc)[kRows][kCols], Chunks<Real, kHeight, kWidth> &chunks,
                                                 const Rows<Real> &a, int64_t a0, int64_t a_end, const Rows<Real> &b,
-                                                int64_t b0, int64_t b_end, const Lane &lane,
+                                                int64_t b0, int64_t b_end, const Lanes<kY> &lane,
                                                 const Real *a_lse = nullptr, const Real *b_lse = nullptr) {
     for (int d = 0; d < a.width; d += kChunk) {
         __syncthreads(); // the chunk before was read
@@ -223,19 +274,19 @@ __device__ __forceinline__ void multiply_chunks(Real (&acc)[kRows][kCols], Chunk
         load_tile(chunks.b, b, b0, b_end, d, b_lse);
         cp_async_wait<0>();
         __syncthreads(); // the chunk is there
-        multiply_nt(acc, chunks.a, chunks.b, kChunk, lane);
+        multiply_nt<kBlocks, kUnroll>(acc, chunks.a, chunks.b, kChunk, lane);
     }
 }
 
 // ---- a row's lanes ----------------------------------------------------------------------------------------------------
 
-// A row's sum or maximum over the eight lanes that share it.
-template <typename Real>
+// A row's sum or maximum over the kLanesX neighbours that share it.
+template <int kLanesX, typename Real>
 __device__ __forceinline__ Real row_sum_of(Real x) {
     for (int step = 1; step < kLanesX; step *= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
-template <typename Real>
+template <int kLanesX, typename Real>
 __device__ __forceinline__ Real row_max_of(Real x) {
     for (int step = 1; step < kLanesX; step *= 2) x = max(x, __shfl_xor_sync(~0u, x, step));
     return x;
