@@ -37,7 +37,7 @@ COLUMNS = [
     *("status", "batches", "calls", "machine", "device", "threads", "load", "torch"),
 ]
 DEFAULT = "torch_default"  # SDPA as a model calls it: what ratios are over
-_CALLS = {"cpu": 300, "cuda": 50}  # a batch; on CUDA a few hundred launches, of about a thousand that the queue holds
+_CALLS = {"cpu": 300, "cuda": 25}  # a batch; on CUDA some hundred launches, of about a thousand that the queue holds
 _WARM_UP_BATCHES = 3
 
 

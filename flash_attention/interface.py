@@ -36,7 +36,9 @@ def _seed_tensor(seed: int | Tensor | None, q: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     _require_type("seed", seed, _INTEGER, "an int or an int64 tensor of one element")
-    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=q.device)  # the same 64 bits
+    if not -(2**63) <= seed < 2**63:  # never so for a symbolic int, which compilers hold in 64 bits
+        seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits
+    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
 
 
 def _request(

@@ -91,6 +91,15 @@ def test_torch_compile_with_inductor_and_changing_lengths() -> None:
         assert torch.equal(compiled(q, k, v, causal=True), flash_attention(q, k, v, causal=True))
 
 
+def test_torch_compile_with_changing_seeds() -> None:
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 16, 16)
+    compiled = torch.compile(flash_attention, fullgraph=True)
+    for seed in (5, 6, -7, 2**62):
+        expected = flash_attention(q, q, q, dropout_p=0.5, seed=seed)
+        assert torch.equal(compiled(q, q, q, dropout_p=0.5, seed=seed), expected)
+
+
 def test_torch_export_keeps_the_attention() -> None:
     q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
     program = torch.export.export(FlashAttention(causal=True), (q, k, v))

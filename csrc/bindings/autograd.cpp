@@ -34,6 +34,7 @@ variable_list tensors_of(const Stack &stack, size_t first, size_t count) {
     return tensors;
 }
 
+// Refuses what would be silently zero: a tangent is not for autograd's graph, and nobody else would see it.
 bool need_a_graph(const variable_list &tensors) {
     for (const Tensor &t : tensors)
         TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(/*level=*/0).defined(),
