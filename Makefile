@@ -50,7 +50,7 @@ FA_CUDA_ARCHS ?= sm_80 sm_90a
 HAS_SM90      := $(filter sm_90a,$(FA_CUDA_ARCHS))
 CUDA_SOURCES  := $(if $(HAS_SM90),$(CUDA_SOURCES),$(filter-out %_sm90.cu,$(CUDA_SOURCES)))
 
-NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xptxas -v -Xcompiler=-fPIC,-Wall -Icsrc \
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xptxas -v -Xfatbin=-compress-all -Xcompiler=-fPIC,-Wall -Icsrc \
     $(if $(HAS_SM90),-DFA_WITH_SM90)
 gencode     = $(foreach arch,$(if $(filter %_sm90.cu,$(1)),sm_90a,$(FA_CUDA_ARCHS)),\
     -gencode arch=$(arch:sm_%=compute_%),code=$(arch))

@@ -26,7 +26,7 @@ function number_before(words) { return match($0, "[0-9]+ " words) ? substr($0, R
     spills += number_before("bytes spill stores") + number_before("bytes spill loads")
 }
 /Used [0-9]+ registers/ {
-    hot = FILENAME !~ /\/(naive|padding)\.cu\.log$/ && kernel !~ /double/
+    hot = FILENAME !~ /\/(naive|naive_backward|padding)\.cu\.log$/ && kernel !~ /double/
     printf "%9d  %13d  %5d  %6d  %-6s  %s%s\n", number_before("registers"), number_before("bytes smem"), stack, spills,
         arch, kernel, spills && hot ? "   <- spills" : ""
     failed += spills && hot
