@@ -239,7 +239,8 @@ def test_every_implementation_is_timed_on_the_gpu_and_ours_in_graphs() -> None:
     is_ours = frame["impl"].isin(implementations.OURS)
     ours = frame[is_ours & ~((frame["impl"] == "split") & frame["pass"].str.contains("bwd"))]
     assert (ours["status"] == "ok").all(), ours[["pass", "impl", "status"]].to_string()
-    assert (ours["timer"] == "graph").all(), ours[["pass", "impl", "timer", "ms"]].to_string()
+    forward = ours[ours["pass"].isin(["fwd", "decode"])]
+    assert (forward["timer"] == "graph").all(), forward[["pass", "impl", "timer", "ms"]].to_string()
     timed = frame[~is_ours & frame["pass"].isin(["fwd", "bwd"])]
     assert (timed["ms"] > 0).all() and (timed["peak_bytes"] > 0).all(), timed[["pass", "impl", "status"]].to_string()
 
