@@ -84,7 +84,7 @@ class _Samples:
         self._sampler = functools.partial(_events if on_cuda else _clock, self._call)
         spent = [self._sampler()]
         if spent[0] > self._seconds / 4 * 1e3:  # so long a call is warm from its check
-            self._ms, self._spent_s = spent[:], spent[0] / 1e3
+            self._ms, self._spent_s = spent, spent[0] / 1e3
         while len(spent) < WARM_UP_CALLS and sum(spent) < self._seconds / 4 * 1e3:
             spent.append(self._sampler())
         if on_cuda and min(spent) < GRAPH_BELOW_MS:

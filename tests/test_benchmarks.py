@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas
@@ -30,7 +31,7 @@ from benchmarks.measure import COLUMNS, measure_all
 from benchmarks.memory import peak_bytes
 from benchmarks.problem import Problem
 from benchmarks.sweep_table import SWEEP_CSV
-from benchmarks.timing import time_calls
+from benchmarks.timing import time_calls, use_device
 from flash_attention import _C
 from flash_attention.reference import standard_attention
 
@@ -230,8 +231,16 @@ def test_a_gpu_gives_its_results_folder_its_name(monkeypatch: pytest.MonkeyPatch
     assert machine.machine_name.__wrapped__("cuda") == "h200"
 
 
+@pytest.fixture
+def stream_of_its_own() -> Iterator[None]:
+    """Timing leaves the default stream for good; the tests after it return to it."""
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        yield
+    use_device.cache_clear()
+
+
 @pytest.mark.gpu
-def test_every_implementation_is_timed_on_the_gpu_and_ours_in_graphs() -> None:
+def test_every_implementation_is_timed_on_the_gpu_and_ours_in_graphs(stream_of_its_own: None) -> None:
     case = Case("f16", 64, batch=2, heads_q=4, seqlen_q=128, seqlen_k=128, causal=True)
     problems = [Problem(case, direction, "cuda") for direction in ("fwd", "bwd", "fwd+bwd")]
     problems.append(Problem(dataclasses.replace(case, seqlen_q=1, causal=False), "decode", "cuda"))
