@@ -1,6 +1,7 @@
 """Measurements of attention: one command a question, each with --help.
 
     python -m benchmarks.demo                  our kernels beside PyTorch's on this machine, in about a minute
+    python -m benchmarks.from_scratch          our kernels beside PyTorch's unfused attention, length by length
     python -m benchmarks.attention             one case, or a sweep over lengths, decoding and head_dim (--sweep)
     python -m benchmarks.benchmark_speed       forward and backward time for each length
     python -m benchmarks.benchmark_memory      memory for each length, and the largest batch in a given memory

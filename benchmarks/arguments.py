@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
-from .implementations import ALIASES, NAMES, best_device
+from .implementations import ALIASES, NAMES, best_device, present
 from .machine import load_at_start, machine_name, results_folder
 from .problem import DTYPE_NAMES
 from .tables import CONSOLE
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, *, dtype_option: bool = True) -> argparse.ArgumentParser:
     """--device, --dtype, --threads and --output."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: the best that our kernels run on)")
-    p.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on a CPU, float16 on CUDA")
+    if dtype_option:
+        p.add_argument("--dtype", choices=DTYPE_NAMES, help="default: float32 on a CPU, float16 on CUDA")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results/<machine>")
     return p
@@ -56,7 +57,8 @@ def parse(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argpar
     args.kind = args.device.split(":")[0]
     if args.kind not in ("cpu", "cuda"):
         p.error(f"--device {args.device}: allowed are cpu, cuda and cuda:N")
-    args.dtype = DTYPE_NAMES[args.dtype or ("float32" if args.kind == "cpu" else "float16")]
+    if "dtype" in args:
+        args.dtype = DTYPE_NAMES[args.dtype or ("float32" if args.kind == "cpu" else "float16")]
     args.output = args.output or results_folder(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -66,7 +68,7 @@ def parse(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argpar
 def impls_of(args: argparse.Namespace, default: list[str]) -> list[str]:
     """The implementations asked for, aliases resolved."""
     if args.impl and "all" in args.impl:
-        return list(NAMES)
+        return present(NAMES, args.kind)
     return list(dict.fromkeys(ALIASES.get(name, name) for name in args.impl or default))
 
 

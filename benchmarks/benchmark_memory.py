@@ -22,6 +22,7 @@ from tests.cases import Case
 
 from . import machine, plots
 from .arguments import add_measuring, announce, impls_of, parse, parser, say_written
+from .implementations import present
 from .measure import Skipped, failures_in, measure_all, require_device, require_memory, write_csv
 from .memory import available_bytes, peak_bytes
 from .problem import Problem
@@ -29,20 +30,25 @@ from .tables import print_batches, print_results
 
 CSV, BATCH_CSV = "memory.csv", "memory_batch.csv"
 _PASSES = ("fwd", "fwd+bwd")
+_IMPLS = {
+    "cpu": ["naive", "fused", "torch_flash", "torch_unfused"],
+    "cuda": ["fused", "tensor_core", "hopper", "torch_flash", "torch_math", "torch_unfused", "megatron"],
+}
+_LENGTHS = {"cpu": [128, 256, 512, 1024, 2048, 4096], "cuda": [512, 1024, 2048, 4096, 8192, 16384]}
+_BASE = "torch_unfused"  # what the others are held against
 _GROWTH = 8  # of the batch from one measurement to the next
 _MAX_BATCH = 8192
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     p = parser("Measures peak memory for each length, and finds the largest batch that fits a memory budget.")
-    add_measuring(p, 180, "naive fused torch_flash torch_unfused", memory_option=False)
+    add_measuring(p, 180, "our fast kernels, torch_flash and the unfused ones", memory_option=False)
     p.add_argument(
         "--lengths",
         type=int,
         nargs="+",
-        default=[128, 256, 512, 1024, 2048, 4096],
         metavar="L",
-        help="for the memory of one call (default: 128 … 4096)",
+        help="for the memory of one call (default: 128 … 4096 on a CPU, 512 … 16384 on CUDA)",
     )
     p.add_argument(
         "--batch-lengths",
@@ -58,22 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="GIB",
         help="that a batch must fit (default: 0.5 on a CPU, 16 on CUDA; at most half of what is available)",
     )
-    p.add_argument("--heads", type=int, default=8, help="default: 8")
+    p.add_argument("--heads", type=int, help="of one call (default: 8 on a CPU, 32 on CUDA)")
+    p.add_argument("--batch-heads", type=int, default=8, metavar="HEADS", help="of the largest batch (default: 8)")
     p.add_argument("--head-dim", type=int, default=64, help="default: 64")
     args = parse(p, arguments)
     announce(args, "Memory")
-    impls = impls_of(args, ["naive", "fused", "torch_flash", "torch_unfused"])
+    impls = impls_of(args, present(_IMPLS[args.kind], args.kind))
 
-    def problems(lengths: Sequence[int]) -> list[Problem]:
-        sizes = {"head_dim": args.head_dim, "batch": 1, "heads_q": args.heads, "causal": True}
+    def problems(lengths: Sequence[int], heads: int) -> list[Problem]:
+        sizes = {"head_dim": args.head_dim, "batch": 1, "heads_q": heads, "causal": True}
         cases = [Case(args.dtype, **sizes, seqlen_q=length, seqlen_k=length) for length in lengths]
         return [Problem(case, direction, args.device) for case in cases for direction in _PASSES]
 
-    frame = measure_all(problems(args.lengths), impls, budget=args.budget / 2, with_time=False)
-    print_results(frame, "Peak memory of a call")
+    calls = problems(args.lengths or _LENGTHS[args.kind], args.heads or (8 if args.kind == "cpu" else 32))
+    frame = measure_all(calls, impls, budget=args.budget / 2, with_time=False)
+    print_results(frame, "Peak memory of a call", memory_base=_BASE)
     budget = (args.memory_budget or (0.5 if args.kind == "cpu" else 16)) * 2**30
-    batches = largest_batches(problems(args.batch_lengths), impls, budget, args.budget / 2)
-    print_batches(batches)
+    batches = largest_batches(problems(args.batch_lengths, args.batch_heads), impls, budget, args.budget / 2)
+    print_batches(batches, _BASE)
     written = [write_csv(frame, args.output / CSV), write_csv(batches, args.output / BATCH_CSV)]
     say_written([*written, *plot(frame, args.output), *plot_batches(batches, args.output)])
 

@@ -1,14 +1,18 @@
 """The grid that kernels are compared on: our fastest kernels beside every peer, and their ratio to the best peer.
 
-On CUDA: B L = 16384 and Hq D = 2048, bfloat16 forward and backward, float16 and float32 forwards, grouped heads, long
+On CUDA: B L = 16384 and Hq D = 2048, bfloat16 and float32 forward and backward, float16 forwards, grouped heads, long
 context, decoding. On a CPU: float32 first, 16 bits beside it, forward, backward and decoding; --full adds the
-remaining dtypes, head counts and lengths. grid.csv has the columns pass … causal of the problem, then the result's.
+remaining dtypes, head counts and lengths. Options choose among the problems.
+grid.csv has the columns pass … causal of the problem (causal is blank in decoding, where it makes no difference), then
+the result's.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pandas
 import torch
@@ -17,10 +21,10 @@ from rich.table import Table
 from tests.cases import Case
 
 from .arguments import add_measuring, announce, impls_of, parse, parser, say_written
-from .implementations import OURS
+from .implementations import OURS, present
 from .measure import SHAPE, measure_all, write_csv
 from .plots import plot_ratios
-from .problem import Problem
+from .problem import DTYPE_NAMES, Problem
 from .tables import CONSOLE, print_results, shape_texts
 
 CSV = "grid.csv"
@@ -33,25 +37,48 @@ _FULL_BUDGET = 7200.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    p = parser(__doc__)
+    p = parser(__doc__, dtype_option=False)
     add_measuring(p, 0, "our fast kernels and every peer of the device")
     p.set_defaults(budget=None)
     p.add_argument("--full", action="store_true", help="the whole grid (a CPU needs an hour or two)")
-    p.add_argument(
-        "--passes", nargs="+", choices=["fwd", "bwd", "decode"], default=["fwd", "bwd", "decode"], help="default: all"
-    )
+    only = p.add_argument_group("which problems (default: all)")
+    only.add_argument("--passes", nargs="+", choices=["fwd", "bwd", "decode"])
+    only.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, dest="dtypes")
+    only.add_argument("--lengths", nargs="+", type=int, metavar="L", help="of the keys")
+    only.add_argument("--head-dims", nargs="+", type=int, metavar="D")
+    only.add_argument("--mask", choices=["full", "causal"])
     args = parse(p, arguments)
     announce(args, "Grid")
 
     cells = dict.fromkeys(_cuda_cells() if args.kind == "cuda" else _cpu_cells(args.full))  # without repetitions
-    problems = [Problem(case, direction, args.device) for direction, case in cells if direction in args.passes]
+    problems = [Problem(case, direction, args.device) for direction, case in cells if _is_chosen(args, direction, case)]
+    if not problems:
+        p.error("the grid has no such problem")
     budget = args.budget or (_FULL_BUDGET if args.full else _BUDGET[args.kind])
-    frame = measure_all(problems, impls_of(args, _IMPLS[args.kind]), budget=budget, with_memory=not args.no_memory)
+    impls = impls_of(args, present(_IMPLS[args.kind], args.kind))
+    frame = measure_all(problems, impls, budget=budget, with_memory=not args.no_memory)
     print_results(frame, "Grid", base="torch_flash")
     ratios = ratios_to_best_peer(frame)
     print_ratios(ratios)
-    written = [write_csv(frame, args.output / CSV)]
+    written = [write_csv(_without_mask_of_decoding(frame), args.output / CSV)]
     say_written(written if ratios.empty else [*written, plot_ratios(ratios, args.output / "grid.png")])
+
+
+def read_grid(path: Path) -> pandas.DataFrame:
+    """The CSV with a mask in every row."""
+    frame = pandas.read_csv(path)
+    return frame.assign(causal=frame["causal"].eq(True))
+
+
+def _without_mask_of_decoding(frame: pandas.DataFrame) -> pandas.DataFrame:
+    return frame.assign(causal=frame["causal"].astype(object).where(frame["pass"] != "decode"))
+
+
+def _is_chosen(args: argparse.Namespace, direction: str, case: Case) -> bool:
+    dtypes = args.dtypes and [DTYPE_NAMES[name] for name in args.dtypes]
+    asked = (args.passes, dtypes, args.lengths, args.head_dims, args.mask and [args.mask])
+    of_case = (direction, case.dtype, case.seqlen_k, case.head_dim, "causal" if case.causal else "full")
+    return all(not values or value in values for values, value in zip(asked, of_case, strict=True))
 
 
 def _cpu_cells(full: bool) -> Iterator[tuple[str, Case]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Implementation:
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     stores_scores: bool = False  # the B x Hq x Lq x Lk matrix is in memory
     is_ours: bool = False
+    release: Callable[[], None] = lambda: None  # gives back what is kept from one call to the next
 
 
 def _ours(impl: str) -> Implementation:
@@ -67,17 +68,26 @@ def _sdpa_through_float32(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Te
 
 
 def _megatron(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
-    """The unfused attention of Megatron-LM's CoreAttention: baddbmm into a score tensor, scale-mask-softmax, bmm."""
+    """The unfused attention of Megatron-LM's CoreAttention: baddbmm with a score tensor that stays from call to call,
+    scale-mask-softmax with a mask made once, bmm. Source: megatron/model/transformer.py, GlobalMemoryBuffer."""
     (batch, heads, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
     if heads != k.shape[1]:
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    scores = torch.empty(batch * heads, seqlen_q, seqlen_k, dtype=q.dtype, device=q.device)
-    scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=head_dim**-0.5)
+    buffer, hidden = _megatron_buffers(batch * heads, seqlen_q, seqlen_k, q.dtype, q.device)
+    scores = torch.baddbmm(buffer, q, k.transpose(1, 2), beta=0.0, alpha=head_dim**-0.5)
     if causal:
-        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(seqlen_k - seqlen_q + 1)
-        scores = scores.masked_fill(hidden, -10000.0)
+        scores.masked_fill_(hidden, -10000.0)
     return torch.bmm(torch.softmax(scores, dim=-1), v).unflatten(0, (batch, heads))
+
+
+@functools.lru_cache(maxsize=1)
+def _megatron_buffers(
+    heads: int, seqlen_q: int, seqlen_k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The score tensor and the causal mask."""
+    hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device).triu(seqlen_k - seqlen_q + 1)
+    return torch.empty(heads, seqlen_q, seqlen_k, dtype=dtype, device=device), hidden
 
 
 def _torch(
@@ -102,7 +112,7 @@ _BUILDERS: dict[str, Callable[[str], Implementation]] = {
     "torch_efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
     "torch_math": _torch(SDPBackend.MATH, stores_scores=True),
     "torch_unfused": lambda name: Implementation(name, standard_attention, stores_scores=True),
-    "megatron": lambda name: Implementation(name, _megatron, stores_scores=True),
+    "megatron": lambda name: Implementation(name, _megatron, stores_scores=True, release=_megatron_buffers.cache_clear),
 }
 ALIASES = {"ext": "split", "online": "fused"}
 NAMES = tuple(_BUILDERS)
@@ -116,11 +126,21 @@ def find(name: str) -> Implementation:
 
 
 def defaults(device: str) -> list[str]:
-    """What a sweep compares on a device: every implementation that exists for it."""
+    """What a sweep compares on a device ("cpu" or "cuda"): every implementation that exists for it."""
     if device == "cpu":
         return ["naive", "fused", "torch_flash", "torch_math", "torch_unfused"]
     cuda = ["naive", "split", "fused", "tensor_core", "hopper", "torch_flash", "torch_cudnn", "torch_efficient"]
-    return [*cuda, "torch_math", "torch_unfused", "megatron"]
+    return present([*cuda, "torch_math", "torch_unfused", "megatron"], device)
+
+
+def present(names: Sequence[str], device: str) -> list[str]:
+    """Without those of our kernels that this build does not have for the device."""
+    try:
+        from flash_attention import _C
+    except ImportError:  # not built: each row says so
+        return list(names)
+    built = {impl for impl, on in _C.kernels() if on == device}
+    return [name for name in names if name not in OURS or name in built or (name == "auto" and built)]
 
 
 def best_device() -> str:

@@ -42,7 +42,12 @@ def results_folder(device: str) -> Path:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout, "-dirty" if the library differs from it; "unknown" outside a checkout."""
+    """Short hash of the checkout, "-dirty" if the library differs from it; "unknown" outside a checkout.
+
+    FLASH_ATTENTION_COMMIT names it where the files were copied without their history.
+    """
+    if named := os.environ.get("FLASH_ATTENTION_COMMIT"):
+        return named
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)

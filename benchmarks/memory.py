@@ -1,6 +1,7 @@
 """Peak memory of one call beyond its inputs, its results included. Of a backward, what its forward kept is an input.
 
-CUDA: the peak of torch's allocator, which every implementation here allocates from.
+CUDA: the peak of torch's allocator, which every implementation here allocates from. What an implementation keeps from
+one call to the next (Implementation.release) is given back before, so that the measured call allocates and counts it.
 
 CPU: the peak of the process's resident memory (VmHWM, reset through /proc/self/clear_refs) above what was resident
 before the call. It counts what is really touched, whoever allocates it: torch, MKL or us. It is measured in a process
@@ -64,6 +65,7 @@ def _peak_bytes(problem: Problem, impl: str) -> float:
     small_call, call = (Call(implementation, p, p.inputs()) for p in (small_problem, problem))
     with call.context():
         small_call()
+        implementation.release()
         return _peak_cuda(call) if problem.device.startswith("cuda") else _peak_cpu(call)
 
 
@@ -96,8 +98,8 @@ def _status_bytes(field: str) -> int:
 
 def available_bytes(device: str) -> float:
     """What the device could still allocate; on a CPU what the system can give without swapping."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
+    if device.startswith("cuda"):  # torch's allocator keeps what was freed
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     meminfo = Path("/proc/meminfo")
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
     return 1024 * int(found[1]) if found else float("inf")

@@ -34,6 +34,8 @@ _STYLES = {
     "megatron": ("#B8A600", "d", ":"),
 }
 _KIND_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LEGEND_INCHES = 1.65  # of one entry
+_FAR_APART = 20  # times: on a linear axis the smaller could not be read
 PASS_TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward", "decode": "decoding"}
 _STYLE = {
     "figure.dpi": 120,
@@ -81,14 +83,20 @@ def lines(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _log2_ticks(axes, sorted(drawn[x].unique()))
     if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log10_axis(axes, drawn[y])
     else:
         axes.set_ylim(bottom=0)
     if drawn.empty:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="grey")
+
+
+def _log10_axis(axes: Axes, values: pandas.Series) -> None:
+    """Ticks at 1, 2 and 5 where there are few decades."""
+    few = not values.empty and values.max() < 100 * values.min()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _log2_ticks(axes: Axes, values: Sequence[int]) -> None:
@@ -123,7 +131,9 @@ def memory(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
 
 def speed(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
     values, unit = throughput(frame)
-    lines(axes, frame.assign(speed=values), x, "speed", ylabel=unit, xlabel=xlabel)
+    best = values.groupby(frame["impl"]).max()
+    far_apart = best.max() > _FAR_APART * best.min()
+    lines(axes, frame.assign(speed=values), x, "speed", log_y=far_apart, ylabel=unit, xlabel=xlabel)
 
 
 def bandwidth(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
@@ -136,9 +146,8 @@ def save(fig: Figure, path: Path) -> Path:
         label: handle for axes in fig.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        fig.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(7, len(handles)), frameon=False
-        )
+        ncols = min(7, len(handles), int(fig.get_figwidth() / _LEGEND_INCHES))
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     return path
@@ -180,6 +189,9 @@ def plot_ratios(ratios: pandas.DataFrame, path: Path) -> Path:
             )
         axes.axhline(1, color="black", linewidth=1)
         axes.set(title=PASS_TITLES[direction], xlabel="length (keys)", ylabel="ratio (above 1: ours is faster)")
-        axes.set_ylim(bottom=0)
+        if max(1, rows["ratio"].max()) > _FAR_APART * rows["ratio"].min():
+            _log10_axis(axes, rows["ratio"])
+        else:
+            axes.set_ylim(bottom=0)
         _log2_ticks(axes, sorted(rows["seqlen_k"].unique()))
     return save(fig, path)

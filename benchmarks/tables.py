@@ -22,10 +22,10 @@ def throughput(frame: pandas.DataFrame) -> tuple[pandas.Series, str]:
     return frame["tflops"], "TFLOP/s"
 
 
-def speedups(frame: pandas.DataFrame, base: str) -> pandas.Series:
-    """Each row's speed-up over the row of `base` on the same problem; NaN where that has no time."""
-    base_ms = frame["ms"].where(frame["impl"] == base).groupby([frame[column] for column in SHAPE]).transform("max")
-    return base_ms / frame["ms"]
+def base_over_each(frame: pandas.DataFrame, base: str, column: str) -> pandas.Series:
+    """The value of `base` on the same problem / each row's; NaN where `base` has none."""
+    of_base = frame[column].where(frame["impl"] == base).groupby([frame[name] for name in SHAPE]).transform("max")
+    return of_base / frame[column]
 
 
 def shape_texts(frame: pandas.DataFrame) -> tuple[str, pandas.Series]:
@@ -47,16 +47,17 @@ def shape_texts(frame: pandas.DataFrame) -> tuple[str, pandas.Series]:
     return " ".join(filter(None, parts[shared].iloc[0])), parts.drop(columns=shared).agg(" ".join, axis=1)
 
 
-def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> None:
-    """A row each, a block for each problem; `base` is what speed-ups are over."""
+def print_results(frame: pandas.DataFrame, title: str, base: str = "naive", memory_base: str | None = None) -> None:
+    """A row each, a block a problem; speed-ups are over `base`, memory is held against that of `memory_base`."""
     speed, unit = throughput(frame)
-    speedup = speedups(frame, base)
+    speedup, memory_ratio = base_over_each(frame, base, "ms"), base_over_each(frame, memory_base or "", "peak_bytes")
     used = {
         "ms": frame["ms"],
         unit: frame["ms"],
         "K+V GB/s": frame["gbs"],
         f"vs {base}": speedup,
         "extra MiB": frame["peak_bytes"],
+        f"{memory_base} needs": memory_ratio,
         "error": frame["max_error"],
         "status": frame["status"].where(frame["status"] != "ok"),
     }
@@ -74,7 +75,7 @@ def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> N
             table.add_column(column, min_width=24)  # the one that gives way
         else:
             table.add_column(column, justify="left" if column == "impl" else "right", no_wrap=True)
-    frame = frame.assign(problem=problems, speed=speed, speedup=speedup)
+    frame = frame.assign(problem=problems, speed=speed, speedup=speedup, memory_ratio=memory_ratio)
     for _, rows in frame.groupby(SHAPE, sort=False):
         for n, (_, row) in enumerate(rows.iterrows()):
             cells = {
@@ -84,6 +85,7 @@ def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> N
                 "K+V GB/s": _number(row.gbs),
                 f"vs {base}": f"{row.speedup:.2f}x" if row.speedup == row.speedup else "",
                 "extra MiB": _number(row.peak_bytes / 2**20),
+                f"{memory_base} needs": f"{row.memory_ratio:,.1f}x" if row.memory_ratio == row.memory_ratio else "",
                 "error": f"{row.max_error:.1e}" if row.max_error == row.max_error else "",
                 "status": "" if row.status == "ok" else f"[yellow]{row.status}[/]",
             }
@@ -91,7 +93,7 @@ def print_results(frame: pandas.DataFrame, title: str, base: str = "naive") -> N
     CONSOLE.print(table)
 
 
-def print_batches(batches: pandas.DataFrame, base: str = "torch_unfused") -> None:
+def print_batches(batches: pandas.DataFrame, base: str) -> None:
     """The largest batch of each implementation, and how many times that of `base`."""
     if batches.empty:
         return

@@ -20,7 +20,7 @@ from .call import Call
 
 WARM_UP_CALLS = 5
 MIN_SAMPLES, GOOD_SAMPLES, MAX_SAMPLES = 3, 20, 500
-MIN_SECONDS = 0.1  # a call that has GOOD_SAMPLES goes on until it was timed for so long
+MIN_SECONDS = 0.1  # a call that has GOOD_SAMPLES goes on for so long
 GRAPH_BELOW_MS, GRAPH_CALLS = 0.2, 20
 FLUSHES = 10  # as many as keep the device busy while the host queues the call, autograd included
 
@@ -45,7 +45,8 @@ def use_device(device: str) -> None:
 
 
 def time_calls(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing | Exception]:
-    """Each call (run before, once) is sampled for `seconds` or until GOOD_SAMPLES are in, at least MIN_SAMPLES.
+    """Each call (run before, once) is sampled for `seconds`, what is around the timed region included, or until
+    GOOD_SAMPLES are in; at least MIN_SAMPLES are.
 
     A call that raises (out of memory beside the others, say) has its exception in place of its time.
     """
@@ -62,6 +63,7 @@ class _Samples:
     def __init__(self, call: Call, seconds: float) -> None:
         self._call, self._seconds = call, seconds
         self._ms: list[float] = []
+        self._spent_s = 0.0
         self._error: Exception | None = None
         self._sampler: Sampler | None = None
         self._timer = ""
@@ -70,7 +72,9 @@ class _Samples:
         try:
             if self._sampler is None:
                 self._warm_up()
+            start = time.perf_counter()
             self._ms.append(self._sampler())
+            self._spent_s += time.perf_counter() - start
         except (RuntimeError, MemoryError) as error:
             self._error = error
 
@@ -80,7 +84,7 @@ class _Samples:
         self._sampler = functools.partial(_events if on_cuda else _clock, self._call)
         spent = [self._sampler()]
         if spent[0] > self._seconds / 4 * 1e3:  # so long a call is warm from its check
-            self._ms = spent
+            self._ms, self._spent_s = spent, spent[0] / 1e3
         while len(spent) < WARM_UP_CALLS and sum(spent) < self._seconds / 4 * 1e3:
             spent.append(self._sampler())
         if on_cuda and min(spent) < GRAPH_BELOW_MS:
@@ -92,7 +96,7 @@ class _Samples:
 
     @property
     def are_enough(self) -> bool:
-        count, spent = len(self._ms), sum(self._ms) / 1e3
+        count, spent = len(self._ms), self._spent_s
         if self._error or count < MIN_SAMPLES:
             return self._error is not None
         return spent >= self._seconds or count >= MAX_SAMPLES or (count >= GOOD_SAMPLES and spent >= MIN_SECONDS)

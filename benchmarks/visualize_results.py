@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas
 
-from . import benchmark_memory, benchmark_speed, demo, grid, plot_attention_sweep, plots
+from . import benchmark_memory, benchmark_speed, demo, from_scratch, grid, plot_attention_sweep, plots
 from .arguments import parse, parser, say_written
 from .sweep_table import SWEEP_CSV, read_sweep
 from .tables import CONSOLE
@@ -16,10 +16,14 @@ _PICTURES: dict[str, Callable[[pandas.DataFrame, Path], list[Path]]] = {
     SWEEP_CSV: plot_attention_sweep.plot,
     demo.CSV: demo.plot,
     benchmark_speed.CSV: benchmark_speed.plot,
+    from_scratch.CSV: from_scratch.plot,
     benchmark_memory.CSV: benchmark_memory.plot,
     benchmark_memory.BATCH_CSV: benchmark_memory.plot_batches,
     grid.CSV: lambda frame, folder: [plots.plot_ratios(grid.ratios_to_best_peer(frame), folder / "grid.png")],
 }
+
+
+_READERS = {SWEEP_CSV: read_sweep, grid.CSV: grid.read_grid}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_results(folder: Path) -> dict[str, pandas.DataFrame]:
     """The CSVs of the folder that have pictures, by name."""
     found = {name: folder / name for name in _PICTURES if (folder / name).exists()}
-    return {name: read_sweep(path) if name == SWEEP_CSV else pandas.read_csv(path) for name, path in found.items()}
+    return {name: _READERS.get(name, pandas.read_csv)(path) for name, path in found.items()}
 
 
 _SOURCES = (benchmark_speed.CSV, demo.CSV)  # of the forward by length: the first that is there

@@ -14,6 +14,7 @@ import sys
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small calls: spinning threads would starve each other
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic, and warns
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402

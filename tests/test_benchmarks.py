@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas
@@ -15,9 +17,11 @@ from benchmarks import (
     benchmark_speed,
     checking,
     demo,
+    from_scratch,
     grid,
     host,
     implementations,
+    machine,
     plot_attention_sweep,
     visualize_results,
 )
@@ -25,9 +29,11 @@ from benchmarks.call import Call
 from benchmarks.checking import Oracle
 from benchmarks.implementations import Implementation
 from benchmarks.measure import COLUMNS, measure_all
+from benchmarks.memory import peak_bytes
 from benchmarks.problem import Problem
 from benchmarks.sweep_table import SWEEP_CSV
-from benchmarks.timing import time_calls
+from benchmarks.timing import time_calls, use_device
+from flash_attention import _C
 from flash_attention.reference import standard_attention
 
 from .cases import Case
@@ -93,8 +99,18 @@ def test_every_benchmark_writes_its_results_and_one_overview(tmp_path: Path) -> 
         "--budget",
         "20",
     )
+    impls = ("--impl", "fused", "torch_math", "megatron")
+    _tiny_run(from_scratch.main, tmp_path, "--lengths", "32", "64", "--tokens", "64", *impls, "--no-memory")
     visualize_results.main([str(tmp_path)])
-    _assert_pictures(tmp_path, "demo.png", "speed.png", "memory.png", "memory_batch.png", "overview.png")
+    pictures = ("demo.png", "speed.png", "from_scratch.png", "memory.png", "memory_batch.png", "overview.png")
+    _assert_pictures(tmp_path, *pictures)
+    pairs = pandas.read_csv(tmp_path / "from_scratch.csv")
+    first = ["B", "H", "L", "D", "pytorch", "pytorch_ms", "pytorch_tflops", "ours", "ours_ms", "ours_tflops", "ratio"]
+    assert list(pairs.columns[: len(first)]) == first
+    assert pairs[["B", "L", "pytorch"]].values.tolist() == [
+        *([2, 32, "torch_math"], [1, 64, "torch_math"], [2, 32, "megatron"], [1, 64, "megatron"])
+    ]
+    assert (pairs["ours"] == "fused").all()
     assert list(pandas.read_csv(tmp_path / "demo.csv").columns) == COLUMNS
     batches = pandas.read_csv(tmp_path / "memory_batch.csv")
     assert (batches["status"] == "ok").all()
@@ -186,7 +202,8 @@ def test_ratios_take_the_best_of_each_side() -> None:
 
 
 def test_grid_cells_carry_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "_cpu_cells", lambda full: iter([("fwd", SMALL), ("bwd", SMALL)]))
+    decode = dataclasses.replace(SMALL, seqlen_q=1, causal=False)
+    monkeypatch.setattr(grid, "_cpu_cells", lambda full: iter([("fwd", SMALL), ("bwd", SMALL), ("decode", decode)]))
     _tiny_run(grid.main, tmp_path, "--impl", "fused", "torch_flash", "--no-memory")
     frame = pandas.read_csv(tmp_path / "grid.csv")
     assert list(frame.columns[:19]) == [
@@ -194,3 +211,65 @@ def test_grid_cells_carry_the_columns(tmp_path: Path, monkeypatch: pytest.Monkey
         *("impl", "ms", "ms_min", "ms_max", "tflops", "gbs", "peak_bytes", "max_error", "commit", "date"),
     ]
     _assert_pictures(tmp_path, "grid.png")
+    assert frame["causal"].isna().tolist() == (frame["pass"] == "decode").tolist()
+    assert len(grid.ratios_to_best_peer(grid.read_grid(tmp_path / "grid.csv"))) == 3
+
+
+def test_grid_problems_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case(dtype, dim, batch=1, seqlen_q=32, seqlen_k=32) for dtype in ("f32", "bf16") for dim in (16, 32)]
+    monkeypatch.setattr(grid, "_cpu_cells", lambda full: ((d, case) for d in ("fwd", "bwd") for case in cases))
+    only = ("--dtype", "bfloat16", "--head-dims", "16", "64", "--passes", "bwd", "--mask", "full", "--lengths", "32")
+    _tiny_run(grid.main, tmp_path, "--impl", "fused", "--no-memory", *only)
+    frame = pandas.read_csv(tmp_path / "grid.csv")
+    assert frame[["pass", "dtype", "head_dim"]].values.tolist() == [["bwd", "bfloat16", 16]]
+    with pytest.raises(SystemExit):
+        _tiny_run(grid.main, tmp_path, "--lengths", "7")
+
+
+def test_kernels_that_the_build_lacks_are_not_measured_by_default() -> None:
+    built = {impl for impl, device in _C.kernels() if device == "cuda"}
+    ours = [name for name in implementations.defaults("cuda") if name in implementations.OURS]
+    assert set(ours) <= built
+    assert implementations.present(["hopper", "auto", "fused", "torch_math"], "cpu") == ["auto", "fused", "torch_math"]
+
+
+def test_the_environment_can_name_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTENTION_COMMIT", "abc1234")
+    assert machine.commit.__wrapped__() == "abc1234"
+
+
+def test_a_gpu_gives_its_results_folder_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.machine_name.__wrapped__("cuda") == "h200"
+
+
+@pytest.fixture
+def stream_of_its_own() -> Iterator[None]:
+    """Timing leaves the default stream for good; the tests after it return to it."""
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        yield
+    use_device.cache_clear()
+
+
+@pytest.mark.gpu
+def test_every_implementation_is_timed_on_the_gpu_and_ours_in_graphs(stream_of_its_own: None) -> None:
+    case = Case("f16", 64, batch=2, heads_q=4, seqlen_q=128, seqlen_k=128, causal=True)
+    problems = [Problem(case, direction, "cuda") for direction in ("fwd", "bwd", "fwd+bwd")]
+    problems.append(Problem(dataclasses.replace(case, seqlen_q=1, causal=False), "decode", "cuda"))
+    frame = measure_all(problems, implementations.defaults("cuda"), budget=20)
+    is_ours = frame["impl"].isin(implementations.OURS)
+    ours = frame[is_ours & ~((frame["impl"] == "split") & frame["pass"].str.contains("bwd"))]
+    assert (ours["status"] == "ok").all(), ours[["pass", "impl", "status"]].to_string()
+    forward = ours[ours["pass"].isin(["fwd", "decode"])]
+    assert (forward["timer"] == "graph").all(), forward[["pass", "impl", "timer", "ms"]].to_string()
+    timed = frame[~is_ours & frame["pass"].isin(["fwd", "bwd"])]
+    assert (timed["ms"] > 0).all() and (timed["peak_bytes"] > 0).all(), timed[["pass", "impl", "status"]].to_string()
+
+
+@pytest.mark.gpu
+def test_the_memory_that_megatron_keeps_is_counted() -> None:
+    case = Case("f16", 64, batch=1, heads_q=4, seqlen_q=1024, seqlen_k=1024)
+    problem = Problem(case, "fwd", "cuda")
+    for _ in range(2):
+        assert peak_bytes(problem, "megatron") >= 3 * problem.scores_bytes  # what is kept, the product, the softmax
