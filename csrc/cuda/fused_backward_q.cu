@@ -173,7 +173,7 @@ template <bool kModified>
 static fa_status by_head_dim(const fa_backward_args *args, const BackwardPlan &plan) {
     using Tile64 = QueryTile<float, 64, 2, 8, 4, false>;
     using Tile128 = QueryTile<float, 128, 1, 8, 2, false>;
-    using Wide = QueryTile<float, 128, 1, 8, 2, true>;
+    using Wide = QueryTile<float, 128, 1, 4, 2, true>;
     const int64_t dim = fa_max(args->forward.head_dim, args->forward.head_dim_v);
     if (dim <= 64 && fits<Tile64, kModified>()) return launch<Tile64, kModified>(args, plan);
     if (dim <= 128 && fits<Tile128, kModified>()) return launch<Tile128, kModified>(args, plan);
