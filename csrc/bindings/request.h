@@ -56,15 +56,24 @@ inline fa_dtype dtype_of(const char *name, const Tensor &t) {
     }
 }
 
+// "[2, 3]". Not by way of a stream: where a compiler links libstdc++ statically, a number's way through its locales may
+// end in torch's.
+inline std::string text(at::IntArrayRef numbers) {
+    std::string all;
+    for (const int64_t number : numbers) all += (all.empty() ? "" : ", ") + std::to_string(number);
+    return '[' + all + ']';
+}
+
 inline void check_shape(const char *name, const Tensor &t, const char *shape, at::IntArrayRef expected) {
-    TORCH_CHECK_VALUE(t.sizes() == expected, name, " has shape ", t.sizes(), ": must be ", shape, " = ", expected);
+    TORCH_CHECK_VALUE(t.sizes() == expected, name, " has shape ", text(t.sizes()), ": must be ", shape, " = ",
+                      text(expected));
 }
 
 // (B, H, L, D), or (T, H, D) where sequences are packed.
 inline fa_tensor tensor_of(const char *name, const Tensor &t, bool packed) {
-    TORCH_CHECK_VALUE(t.dim() == (packed ? 3 : 4), name, " has shape ", t.sizes(), ": must be ",
+    TORCH_CHECK_VALUE(t.dim() == (packed ? 3 : 4), name, " has shape ", text(t.sizes()), ": must be ",
                       packed ? "(tokens, heads, head_dim)" : "(batch, heads, length, head_dim)");
-    TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) <= 1, name, " has strides ", t.strides(),
+    TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) <= 1, name, " has strides ", text(t.strides()),
                       ": the last axis must be contiguous; call .contiguous()");
     return packed ? fa_tensor{t.data_ptr(), 0, t.stride(1), t.stride(0)}
                   : fa_tensor{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
@@ -78,10 +87,11 @@ inline fa_tensor lse_tensor(const Tensor &t, bool packed) { // (B, Hq, Lq) or (H
 inline fa_bias bias_of(const char *name, const Tensor &t, at::IntArrayRef full) {
     fa_bias bias{t.data_ptr(), dtype_of(name, t), 0, 0, 0, 0};
     int64_t *strides[4] = {&bias.stride_b, &bias.stride_h, &bias.stride_q, &bias.stride_k};
-    TORCH_CHECK_VALUE(t.dim() <= 4, name, " has shape ", t.sizes(), ": must broadcast to (B, Hq, Lq, Lk) = ", full);
+    TORCH_CHECK_VALUE(t.dim() <= 4, name, " has shape ", text(t.sizes()),
+                      ": must broadcast to (B, Hq, Lq, Lk) = ", text(full));
     for (int64_t axis = 4 - t.dim(), i = 0; axis < 4; ++axis, ++i) {
-        TORCH_CHECK_VALUE(t.size(i) == 1 || t.size(i) == full[axis], name, " has shape ", t.sizes(),
-                          ": must broadcast to (B, Hq, Lq, Lk) = ", full);
+        TORCH_CHECK_VALUE(t.size(i) == 1 || t.size(i) == full[axis], name, " has shape ", text(t.sizes()),
+                          ": must broadcast to (B, Hq, Lq, Lk) = ", text(full));
         *strides[axis] = t.size(i) == 1 ? 0 : t.stride(i);
     }
     static char nothing; // an empty tensor has no storage, and NULL would mean: no bias
@@ -92,7 +102,8 @@ inline fa_bias bias_of(const char *name, const Tensor &t, at::IntArrayRef full) 
 inline fa_per_head per_head_of(const char *name, const Tensor &t, int64_t batch, int64_t heads, bool with_batch) {
     const bool two_axes = with_batch && t.dim() == 2;
     TORCH_CHECK_VALUE(two_axes ? t.size(0) == batch && t.size(1) == heads : t.dim() == 1 && t.size(0) == heads, name,
-                      " has shape ", t.sizes(), ": must be (Hq,) = [", heads, "]", with_batch ? " or (B, Hq)" : "");
+                      " has shape ", text(t.sizes()), ": must be (Hq,) = ", text(heads),
+                      with_batch ? " or (B, Hq)" : "");
     static char nothing; // as in bias_of
     return {t.data_ptr() ? t.data_ptr() : &nothing, dtype_of(name, t), two_axes ? t.stride(0) : 0, t.stride(-1)};
 }
@@ -100,8 +111,8 @@ inline fa_per_head per_head_of(const char *name, const Tensor &t, int64_t batch,
 inline const int32_t *lengths_of(const char *name, const std::optional<Tensor> &t, int64_t count) {
     if (!t) return nullptr;
     TORCH_CHECK_TYPE(t->scalar_type() == at::kInt, name, " is ", t->scalar_type(), ": must be int32");
-    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == count && t->is_contiguous(), name, " has shape ", t->sizes(),
-                      ": must be a contiguous (", count, ",)");
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == count && t->is_contiguous(), name, " has shape ", text(t->sizes()),
+                      ": must be a contiguous (", std::to_string(count), ",)");
     static const int32_t nothing = 0;
     return t->numel() ? t->const_data_ptr<int32_t>() : &nothing;
 }

@@ -8,6 +8,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ double partial[kWarps];
     const fa_forward_args &forward = args.forward;
     const int64_t h = blockIdx.x, m_blocks = fa_ceil_div(forward.seqlen_q, kSlopeBlock);
+    const bool wants_slopes = args.d_alibi_slopes.data != nullptr; // slope_sums is NULL where there is no query, too
     const Real sink = args.d_sinks.data ? load_per_head<Real>(forward.sinks, 0, h) : Real(0);
     double d_sink = 0, d_slope = 0; // of this thread
     for (int64_t b = 0; b < forward.batch; ++b) {
@@ -16,9 +17,9 @@ __global__ void __launch_bounds__(kThreads)
         for (int64_t row = threadIdx.x; args.d_sinks.data && row < seq.len_q; row += kThreads)
             d_sink -= static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction[row])) *
                       static_cast<double>(of_row.delta[row]);
-        for (int64_t m = threadIdx.x; plan.slope_sums && m < m_blocks; m += kThreads)
+        for (int64_t m = threadIdx.x; wants_slopes && m < m_blocks; m += kThreads)
             d_slope -= plan.slope_sums[(b * forward.heads_q + h) * m_blocks + m];
-        if (plan.slope_sums && (args.d_alibi_slopes.stride_b || b == forward.batch - 1)) {
+        if (wants_slopes && (args.d_alibi_slopes.stride_b || b == forward.batch - 1)) {
             const double sum = block_sum(d_slope, partial);
             if (threadIdx.x == 0)
                 store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype,
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
         const double sum = block_sum(d_sink, partial);
         if (threadIdx.x == 0) store(args.d_sinks.data, args.d_sinks.dtype, h * args.d_sinks.stride_h, sum);
     }
-    if (forward.batch == 0 && args.d_alibi_slopes.data && !args.d_alibi_slopes.stride_b && threadIdx.x == 0)
+    if (forward.batch == 0 && wants_slopes && !args.d_alibi_slopes.stride_b && threadIdx.x == 0)
         store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype, h * args.d_alibi_slopes.stride_h, 0.0);
 }
 
