@@ -97,11 +97,12 @@ static void run_process(const char *place, void (*run)(void)) {
     if (tally->is_here) printf("%-12s %5d passed, %d failed\n", place, tally->passed - passed, tally->failed - failed);
 }
 
-static const char kUsage[] = "usage: c_tests [--device cpu|cuda] [--quick | --sanitize]\n"
-                             "  --device    one alone; without it both, the GPU if there is one\n"
-                             "  --quick     leave out what is slow under valgrind\n"
-                             "  --sanitize  on the GPU what compute-sanitizer is to watch, in this process\n"
-                             "FLASH_ATTENTION_ISA, if set, is the CPU's only instruction set.\n";
+static const char kUsage[] =
+    "usage: c_tests [--device cpu|cuda] [--quick] [--sanitize]\n"
+    "  --device    one alone; without it both, the GPU if there is one\n"
+    "  --quick     leave out what is slow under valgrind\n"
+    "  --sanitize  on the GPU what compute-sanitizer is to watch, in this process; --quick: each case in one dtype\n"
+    "FLASH_ATTENTION_ISA, if set, is the CPU's only instruction set.\n";
 
 int main(int argc, char **argv) {
     static const char *const kIsas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
