@@ -18,13 +18,12 @@
 // kRows x kCols scores and kRows x kDim / 8 outputs a thread: as many as the registers hold, since each vector read from
 // shared memory costs four cycles of the SM and serves only as many fma as the tile is wide.
 // kWide: rows of any head_dim; Q and K pass in chunks, and the block makes one slice of kDim columns of O.
-template <typename Real_, int kDim_, int kRows_, int kCols_, bool kWide_, int kBlocks_ = 2>
+template <typename Real_, int kDim_, int kRows_, int kCols_, bool kWide_>
 struct ForwardTile {
     using Real = Real_;
     static constexpr int kDim = kDim_, kRows = kRows_, kCols = kCols_, kOutputs = kDim / Lanes<4>::kLanesX;
     static constexpr int kBlockM = kWarps * Lanes<4>::kLanesY * kRows, kBlockN = Lanes<4>::kLanesX * kCols;
     static constexpr bool kWide = kWide_;
-    static constexpr int kBlocks = kBlocks_; // to an SM of Hopper
     struct WholeRows {
         Tile<Real, kBlockM, kDim> q;
         Tile<Real, kBlockN, kDim> k;
@@ -42,7 +41,7 @@ static __host__ __device__ int64_t slices_of(const fa_forward_args &args) {
 }
 
 template <typename T, bool kModified>
-__global__ void __launch_bounds__(kThreads, T::kBlocks) fused_forward(const __grid_constant__ fa_forward_args args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __grid_constant__ fa_forward_args args) {
     using Real = typename T::Real;
     constexpr int kRows = T::kRows, kCols = T::kCols, kOutputs = T::kOutputs;
     extern __shared__ __align__(16) unsigned char shared[];
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks) fused_forward(const __gr
 // Whether the device has the shared memory that the tile takes.
 template <typename T, bool kModified>
 static bool fits() {
-    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / T::kBlocks));
+    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / kBlocksPerSm));
     return fa_allow_shared(reinterpret_cast<const void *>(&fused_forward<T, kModified>), sizeof(typename T::Smem));
 }
 

@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_tile(const fa_backward_args &args, const Bac
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_bias(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
     __shared__ BiasSmem<Real> smem;
     const BiasShape shape(args);

@@ -11,14 +11,13 @@
 
 // kRows x kCols entries of S^T and of dP^T a thread, and kOutRows rows of a vector of dQ.
 // kWide: rows of any head_dim; they pass in chunks, and the block makes one slice of kDim columns of dQ.
-template <typename Real_, int kDim_, int kY, int kRows_, int kCols_, bool kWide_, int kBlocks_ = 2>
+template <typename Real_, int kDim_, int kY, int kRows_, int kCols_, bool kWide_>
 struct QueryTile {
     using Real = Real_;
     using ScoreLanes = Lanes<kY>;
     static constexpr int kDim = kDim_, kRows = kRows_, kCols = kCols_;
     static constexpr int kBlockN = kWarps * ScoreLanes::kLanesY * kRows, kBlockM = ScoreLanes::kLanesX * kCols;
     static constexpr bool kWide = kWide_;
-    static constexpr int kBlocks = kBlocks_; // to an SM of Hopper
     using OutLanes = Lanes<32 * kVec<Real> / kDim>;
     static constexpr int kOutRows = kBlockM / (kWarps * OutLanes::kLanesY);
     struct WholeRows {
@@ -39,7 +38,7 @@ static __host__ __device__ int64_t slices_of(const fa_forward_args &args) {
 }
 
 template <typename T, bool kModified>
-__global__ void __launch_bounds__(kThreads, T::kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_q(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
     using Real = typename T::Real;
     constexpr int kRows = T::kRows, kCols = T::kCols;
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 
 template <typename T, bool kModified>
 static bool fits() {
-    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / T::kBlocks));
+    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / kBlocksPerSm));
     return fa_allow_shared(reinterpret_cast<const void *>(&fused_backward_q<T, kModified>), sizeof(typename T::Smem));
 }
 

@@ -48,7 +48,7 @@ __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &s
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_rows(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
     __shared__ RowsSmem<Real> smem;
     const fa_forward_args &forward = args.forward;

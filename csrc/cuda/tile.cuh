@@ -21,7 +21,7 @@
 // Bytes of shared memory: of an SM of Hopper, less what blocks reserve; of a block on any GPU from sm_80 on.
 constexpr size_t kHopper = 226 * 1024, kAnyGpu = 99 * 1024;
 
-enum { kThreads = 128, kWarps = 4 };
+enum { kThreads = 128, kWarps = 4, kBlocksPerSm = 2 }; // one block computes while the other waits for its copies
 
 template <typename Real>
 constexpr int kVec = 16 / sizeof(Real);
