@@ -1,6 +1,6 @@
 # make help lists the targets. Settings, on the command line or in the environment:
 #   PYTHON=python3        whose torch is used; where it has none, .venv is made from it
-#   FA_CUDA=              empty: CUDA kernels for the GPU seen, if any; 1: for all FA_CUDA_ARCHS; 0: none
+#   FA_CUDA=              empty: CUDA kernels for the GPU seen, if any from sm_80 on; 1: for all FA_CUDA_ARCHS; 0: none
 #   FA_CUDA_ARCHS=        sm_80 sm_90a
 #   CC, CFLAGS, NVCC      compilers; CFLAGS are added to ours. WERROR= lets warnings pass
 #   BUILD=build           where everything goes
@@ -37,7 +37,7 @@ ALL_CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
 ifneq ($(ALL_CUDA_SOURCES),)
 ifeq ($(FA_CUDA),)
   GPU_ARCHS := $(shell command -v $(NVCC) >/dev/null && nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
-      2>/dev/null | sed -nE 's/^([0-9]+)\.([0-9]+)$$/sm_\1\2/p' | sed 's/^sm_90$$/sm_90a/' | sort -u)
+      2>/dev/null | sed -nE 's/^([89]|[1-9][0-9])\.([0-9]+)$$/sm_\1\2/p' | sed 's/^sm_90$$/sm_90a/' | sort -u)
   ifneq ($(GPU_ARCHS),)
     FA_CUDA_ARCHS ?= $(GPU_ARCHS)
     CUDA_SOURCES  := $(ALL_CUDA_SOURCES)

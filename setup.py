@@ -13,7 +13,7 @@ from setuptools import Extension, __version__, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-LIB = Path("build/libflash_attention.a")
+LIB = Path(os.environ.get("BUILD") or "build", "libflash_attention.a")  # as the Makefile has it
 TORCH = "torch>=2.9"
 
 if int(__version__.split(".")[0]) < 77:  # older ones do not know pyproject.toml's license = "MIT"

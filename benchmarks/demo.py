@@ -12,6 +12,7 @@ from tests.cases import Case
 
 from . import plots
 from .arguments import add_measuring, announce, impls_of, parse, parser, say_written
+from .implementations import best_device
 from .measure import measure_all, write_csv
 from .problem import Problem
 from .tables import CONSOLE, print_results
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_measuring(p, 60, " ".join(_IMPLS))
     p.add_argument("--lengths", type=int, nargs="+", metavar="L", help="default: 256 … 4096 (… 8192 on CUDA)")
     args = parse(p, arguments)
-    if args.kind == "cpu" and torch.cuda.is_available():
+    if torch.cuda.is_available() and best_device() == "cpu":
         CONSOLE.print("This build has no CUDA kernel for this machine's GPU: measuring on the CPU.")
     announce(args, "FlashAttention demo")
 

@@ -146,7 +146,10 @@ def _case(
 
 
 def ratios_to_best_peer(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """For each problem that both sides were timed on: our fastest kernel, the fastest peer, peer time / our time."""
+    """For each problem that both sides were timed on: our fastest kernel, the fastest peer, peer time / our time.
+
+    A kernel of ours that is less accurate than is allowed does not count; a peer does.
+    """
     timed = frame.dropna(subset=["ms"])
     is_ours = timed["impl"].isin(OURS)
 
@@ -155,7 +158,7 @@ def ratios_to_best_peer(frame: pandas.DataFrame) -> pandas.DataFrame:
         return best[[*SHAPE, "impl", "ms"]].rename(columns={"impl": name, "ms": f"{name}_ms"})
 
     both = frame[[*SHAPE, "machine", "threads", "commit", "date"]].drop_duplicates(SHAPE)
-    for rows, name in ((timed[is_ours], "ours"), (timed[~is_ours], "peer")):
+    for rows, name in ((timed[is_ours & (timed["status"] == "ok")], "ours"), (timed[~is_ours], "peer")):
         both = both.merge(fastest(rows, name), on=SHAPE)
     return both.assign(ratio=both["peer_ms"] / both["ours_ms"])
 

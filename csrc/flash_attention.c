@@ -140,9 +140,8 @@ static fa_status check_cu_seqlens(const char *name, const int32_t *cu_seqlens, i
     return FA_OK;
 }
 
-static fa_status check_tensor(const char *name, const fa_tensor *t, int64_t elements) {
-    FA_REQUIRE(t->data || elements == 0, FA_ERROR_VALUE, "%s: is NULL but has %lld elements", name,
-               (long long)elements);
+static fa_status check_tensor(const char *name, const fa_tensor *t, int64_t rows) {
+    FA_REQUIRE(t->data || rows == 0, FA_ERROR_VALUE, "%s: is NULL but has %lld rows", name, (long long)rows);
     return FA_OK;
 }
 

@@ -66,6 +66,9 @@ def _request(
     impl: str = "auto",
 ) -> tuple[Any, ...]:
     """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings/request.h)."""
+    _require_type("window_size", window_size, (tuple, list), "(left, right)")
+    if len(window_size) != 2:
+        raise ValueError(f"window_size {tuple(window_size)}: must be (left, right)")
     left, right = window_size
     seed = _seed_tensor(seed, q) if dropout_p else None
     return (
@@ -252,6 +255,11 @@ def flash_attention_varlen(
     return (o, lse) if return_lse else o
 
 
+def _with_seed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call that is asked about and not made: none draws its seed from torch's generator."""
+    return options | {"seed": 0} if options.get("seed") is None else options
+
+
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **options: Any) -> list[KernelVerdict]:
     """Which kernel flash_attention(q, k, v, **options) would use, and why not the others.
 
@@ -266,7 +274,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **option
     Raises:
         ValueError, TypeError: as flash_attention(), for a request that no kernel could serve.
     """
-    cells = torch.ops.flash_attention.explain(*_checked(_request(q, k, v, **options)), backward)
+    cells = torch.ops.flash_attention.explain(*_checked(_request(q, k, v, **_with_seed(options))), backward)
     return [KernelVerdict(*cells[i : i + 3]) for i in range(0, len(cells), 3)]
 
 
@@ -275,4 +283,4 @@ def workspace_bytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, 
 
     Args, Raises: as explain().
     """
-    return torch.ops.flash_attention.workspace_bytes(*_checked(_request(q, k, v, **options)), backward)
+    return torch.ops.flash_attention.workspace_bytes(*_checked(_request(q, k, v, **_with_seed(options))), backward)

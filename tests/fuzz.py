@@ -19,6 +19,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from flash_attention import _C  # noqa: E402
+
 from .cases import Case  # noqa: E402
 from .checks import assert_correct, run  # noqa: E402
 
@@ -117,6 +119,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=sorted(_WORK))
     parser.add_argument("--impl", default="auto")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is seen, or this torch is built without CUDA")
+    impls = ["auto", *(impl for impl, device in _C.kernels() if device == options.device)]
+    if options.impl not in impls:  # else it would refuse every case, and refusing is no failure
+        parser.error(f"--impl {options.impl}: this build has {', '.join(impls)} on {options.device}")
     cases = options.cases or (500 if options.seconds is None else 10**9)
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN
     start, done, failures = time.monotonic(), 0, 0

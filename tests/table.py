@@ -33,6 +33,15 @@ def _cases() -> Iterator[Case]:
         )
     for dtype in DTYPES:
         yield case(dtype, 512, batch=1, heads_q=1, seqlen_q=150, seqlen_k=203, causal=True)
+    # Rows too wide to lie in a tile whole, with every feature; Dv either side of D.
+    wide = {"heads_q": 4, "heads_kv": 2, "seqlen_q": 67, "seqlen_k": 131, "lengths_q": (67, 20), "lengths_k": (40, 131)}
+    wide |= {"dropout_p": 0.2, "alibi": "h", "sinks": True}
+    for n, (dim, dim_v) in enumerate(
+        ((136, 136), (160, 72), (72, 160), (256, 192), (264, 512), (512, 264), (511, 129), (129, 511))
+    ):
+        dtype = ("f32", "bf16", "f16", "f64")[n % 4]
+        yield case(dtype, dim, dim_v, **wide, bias="1hqk", softcap=2.0 * (n % 2))
+        yield case("f32", dim, dim_v, **wide, packed=True, causal=True, window=(90, 3))
     # Each feature alone and a few together, in every dtype.
     for dtype in DTYPES:
         feature = {"dtype": dtype, "head_dim": 64, "seqlen_q": 65, "seqlen_k": 97}
@@ -63,6 +72,10 @@ def _cases() -> Iterator[Case]:
     ):
         grouped = {"batch": 3, "heads_q": 4, "heads_kv": 2, "seqlen_q": 35, "seqlen_k": 70}
         yield case(("f32", "bf16")[n % 2], **grouped, bias=axes, causal=n % 3 == 0)
+    # The same where d_bias is the sum over many heads and tiles, whose edges are cut.
+    many = {"head_dim": 8, "batch": 4, "heads_q": 24, "heads_kv": 8, "seqlen_q": 65, "seqlen_k": 129}
+    for n, axes in enumerate(("bhqk", "bhq1", "b1qk", "1hqk", "11qk", "b11k", "bh11", "q1", "k", "")):
+        yield case(**many, bias=axes, causal=n % 3 == 0)
     for dtype in ("f32", "f16"):
         yield case(dtype, bias="bhqk", bias_values="holes", seqlen_q=40, seqlen_k=80)
         yield case(dtype, bias="1hqk", bias_values="holes", seqlen_q=40, seqlen_k=80, causal=True, sinks=True)
@@ -79,6 +92,9 @@ def _cases() -> Iterator[Case]:
     for values, dtype in itertools.product(("large", "constant", "ascending"), DTYPES):
         yield case(dtype, 64, values=values, seqlen_q=70, seqlen_k=300, causal=True)
         yield case(dtype, 64, values=values, seqlen_q=70, seqlen_k=300, softcap=30.0, sinks=True)
+    for dtype in DTYPES:  # every score of a head far from zero, and as far
+        far = {"values": "constant", "softmax_scale": 20.0, "bias": "bhqk", "alibi": "bh", "sinks": True}
+        yield case(dtype, 64, **far, heads_q=4, heads_kv=2, seqlen_q=70, seqlen_k=130, dropout_p=0.1, causal=True)
     for scale in (0.0, -1.0, 3.0):
         yield case(softmax_scale=scale, seqlen_k=70)
     # Padded and packed: empty sequences, single rows, longer and shorter than a tile.

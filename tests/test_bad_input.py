@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flash_attention import explain, flash_attention, flash_attention_varlen, workspace_bytes
 
+from .conftest import HAS_CUDA
+
 Q, K, V = (2, 4, 8, 16), (2, 2, 9, 16), (2, 2, 9, 24)
 
 
@@ -82,6 +84,9 @@ DENSE: dict[str, Row] = {
     "None for dropout_p": ({"dropout_p": None}, TypeError, ("dropout_p is NoneType", "a number")),
     "tensor for scale": ({"softmax_scale": filled(1)}, TypeError, ("softmax_scale is Tensor", "a number")),
     "fractional window": ({"window_size": (1.5, 0)}, TypeError, ("window_size is float", "made of ints")),
+    "number for window": ({"window_size": 5}, TypeError, ("window_size is int", "(left, right)")),
+    "None for window": ({"window_size": None}, TypeError, ("window_size is NoneType", "(left, right)")),
+    "window of three": ({"window_size": (1, 2, 3)}, ValueError, ("window_size (1, 2, 3)", "(left, right)")),
     "window beyond 64 bits": ({"window_size": (2**63, 0)}, ValueError, ("window_size 9223372036854775808", "64 bits")),
     "None for impl": ({"impl": None}, TypeError, ("impl is NoneType", "a string")),
     "unknown impl": ({"impl": "best"}, ValueError, ("impl 'best'", "auto, reference, naive")),
@@ -141,6 +146,13 @@ def test_a_misspelt_argument_is_refused() -> None:
     q, k, v = filled(*Q), filled(*K), filled(*V)
     with pytest.raises(TypeError, match="casual"):
         flash_attention(q, k, v, casual=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or HAS_CUDA, reason="needs a GPU and a build without its kernels")
+def test_a_build_without_cuda_says_how_to_get_it() -> None:
+    q = filled(*Q).cuda()
+    with pytest.raises(ValueError, match="q is on cuda:0 and this build has kernels for the CPU alone: .*FA_CUDA=1"):
+        flash_attention(q, q, q)
 
 
 def test_a_refused_call_leaves_the_next_one_alone() -> None:

@@ -187,17 +187,19 @@ def test_costs_count_what_the_masks_leave() -> None:
 
 def test_ratios_take_the_best_of_each_side() -> None:
     rows = [
-        {**Problem(SMALL).columns(), "impl": impl, "ms": ms}
-        for impl, ms in (
-            ("naive", 9.0),
-            ("fused", 2.0),
-            ("torch_flash", 4.0),
-            ("torch_math", 8.0),
-            ("torch_cudnn", math.nan),
+        {**Problem(SMALL).columns(), "impl": impl, "ms": ms, "status": status}
+        for impl, ms, status in (
+            ("naive", 9.0, "ok"),
+            ("fused", 2.0, "ok"),
+            ("split", 1.0, "inaccurate: error"),
+            ("torch_flash", 4.0, "inaccurate: error"),
+            ("torch_math", 8.0, "ok"),
+            ("torch_cudnn", math.nan, "unavailable: no GPU"),
         )
     ]
     ratios = grid.ratios_to_best_peer(pandas.DataFrame(rows, columns=COLUMNS))
     assert ratios["ratio"].tolist() == [2.0] and ratios["peer"].tolist() == ["torch_flash"]
+    assert ratios["ours"].tolist() == ["fused"]
     assert grid.geometric_mean(pandas.Series([2.0, 8.0])) == pytest.approx(4)
 
 

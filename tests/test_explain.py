@@ -47,10 +47,13 @@ def test_a_named_kernel_is_chosen(device: str, impl: str) -> None:
 
 
 def test_explaining_computes_and_changes_nothing(device: str) -> None:
-    state = torch.get_rng_state()
+    rng_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
+    state = rng_state()
     long = torch.zeros(1, 1, 1, 128, device=device).expand(1, 8, 2**24, 128)  # a petabyte of scores
-    explain(long, long, long, impl="fused")
-    assert torch.equal(torch.get_rng_state(), state)
+    for seed in ({}, {"seed": None}):
+        explain(long, long, long, impl="fused", dropout_p=0.5, **seed)
+        workspace_bytes(long, long, long, impl="fused", dropout_p=0.5, **seed)
+    assert torch.equal(rng_state(), state)
 
 
 def test_packed_sequences_are_explained(device: str) -> None:

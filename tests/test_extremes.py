@@ -87,6 +87,34 @@ def test_a_bias_of_one_element_sums_all_its_scores(device: str, impl: str) -> No
     assert d_bias.item() == pytest.approx(2 * 4096, rel=1e-5)
 
 
+@pytest.mark.parametrize("offset", (100.0, -100.0, 8192.0, -8192.0))
+@each_kernel("auto", backward=True)
+def test_adding_one_number_to_all_scores_and_the_sink_changes_no_gradient(
+    device: str, impl: str, offset: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def eighths(most: int, *shape: int) -> torch.Tensor:  # scores are sums of such numbers: float32 holds them exactly
+        return (torch.randint(-most, most + 1, shape, generator=generator) / 8).to(device).requires_grad_()
+
+    q, k, v = eighths(16, 2, 4, 70, 16), eighths(16, 2, 2, 150, 16), eighths(16, 2, 2, 150, 24)
+    bias, sinks = eighths(8, 4, 70, 150), eighths(32, 4)
+    slopes = torch.tensor([2.0**-n for n in range(3, 7)], device=device, requires_grad=True)
+    d_o, d_lse = eighths(8, 2, 4, 70, 24).detach(), eighths(8, 2, 4, 70).detach()
+
+    def attend(offset: float) -> tuple[torch.Tensor, ...]:
+        extras = {"bias": bias + offset, "sinks": sinks + offset, "alibi_slopes": slopes}
+        o, lse = flash_attention(q, k, v, **extras, softmax_scale=0.125, causal=True, return_lse=True, impl=impl)
+        gradients = torch.autograd.grad((o, lse), (q, k, v, bias, slopes, sinks), (d_o, d_lse))
+        return lse - offset, o, *gradients
+
+    (lse, *got), (expected_lse, *expected) = attend(offset), attend(0.0)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-5 + abs(offset) * 2**-23)
+    names = ("o", "d_q", "d_k", "d_v", "d_bias", "d_slopes", "d_sinks")
+    errors = {n: (x - y).abs().max() / y.abs().max() for n, x, y in zip(names, got, expected, strict=True)}
+    assert all(error < 1e-5 for error in errors.values()), errors
+
+
 @pytest.mark.parametrize("option", ({"softcap": 1e39}, {"softcap": 1e-50}, {"softmax_scale": 1e39}), ids=str)
 def test_options_that_float32_cannot_hold_are_refused(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="float32 arithmetic"):

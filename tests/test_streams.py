@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attention import _C, flash_attention, flash_attention_varlen
+from flash_attention import flash_attention, flash_attention_varlen
 
 from .cases import Case, Inputs
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-BUILT_FOR_CUDA = any(device == "cuda" for _, device in _C.kernels())
-built_for_cuda = pytest.mark.skipif(not BUILT_FOR_CUDA, reason="this build has no kernels for CUDA")
 
 IMPLS = ("auto", "fused", "naive")
 CASES = (
@@ -65,7 +63,6 @@ def changing_tensors(inputs: Inputs) -> list[Tensor]:
 # ---- streams --------------------------------------------------------------------------------------------------------
 
 
-@built_for_cuda
 @each_impl
 @each_case
 def test_a_call_waits_for_what_its_stream_did_before(case: Case, impl: str) -> None:
@@ -84,7 +81,6 @@ def test_a_call_waits_for_what_its_stream_did_before(case: Case, impl: str) -> N
     assert_same_bits(got, expected)
 
 
-@built_for_cuda
 def test_streams_do_not_wait_for_each_other() -> None:
     q = torch.randn(1, 2, 64, 64, device="cuda")
     busy, free = torch.cuda.Stream(), torch.cuda.Stream()
@@ -113,7 +109,6 @@ def capture(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGrap
     return graph, results
 
 
-@built_for_cuda
 @each_impl
 @each_case
 @pytest.mark.parametrize("call", [forward, forward_and_backward], ids=lambda call: call.__name__)
@@ -128,7 +123,6 @@ def test_a_replayed_graph_gives_the_bits_of_an_eager_call(call: Callable[..., An
         assert_same_bits(results, call(other, impl))
 
 
-@built_for_cuda
 @each_impl
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_lengths_may_change_between_replays(packed: bool, impl: str) -> None:
@@ -152,7 +146,6 @@ def test_lengths_may_change_between_replays(packed: bool, impl: str) -> None:
         assert_same_bits(results, call(changed))
 
 
-@built_for_cuda
 def test_dropout_without_a_seed_drops_anew_on_every_replay() -> None:
     q = torch.randn(1, 2, 64, 64, device="cuda")
     graph, (o,) = capture(lambda: (flash_attention(q, q, q, dropout_p=0.5),))
@@ -165,7 +158,6 @@ def test_dropout_without_a_seed_drops_anew_on_every_replay() -> None:
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 
-@built_for_cuda
 @two_gpus
 @each_impl
 @each_case
@@ -211,13 +203,6 @@ def test_q_on_the_cpu_beside_k_on_a_gpu_is_refused() -> None:
         flash_attention(q, q.cuda(), q)
 
 
-@pytest.mark.skipif(BUILT_FOR_CUDA, reason="this build has kernels for CUDA")
-def test_a_build_without_cuda_says_how_to_get_it() -> None:
-    q = torch.randn(1, 1, 8, 8, device="cuda")
-    with pytest.raises(ValueError, match="q is on cuda:0 and this build has kernels for the CPU alone: .*FA_CUDA=1"):
-        flash_attention(q, q, q)
-
-
 # ---- lengths that are wrong -----------------------------------------------------------------------------------------
 
 B, L, H, D = 3, 40, 2, 64
@@ -255,7 +240,6 @@ def results(
     return o, *gradients
 
 
-@built_for_cuda
 @each_impl
 @pytest.mark.parametrize("name", GARBAGE)
 def test_wrong_lengths_are_cut_to_the_tensors(name: str, impl: str) -> None:
@@ -272,7 +256,6 @@ def test_wrong_lengths_are_cut_to_the_tensors(name: str, impl: str) -> None:
     assert_same_bits(wholes, before)
 
 
-@built_for_cuda
 @each_impl
 @pytest.mark.parametrize("name", CUMULATIVE_GARBAGE)
 def test_wrong_cumulative_lengths_do_no_harm(name: str, impl: str) -> None:
@@ -289,7 +272,6 @@ def test_wrong_cumulative_lengths_do_no_harm(name: str, impl: str) -> None:
     assert_same_bits(results(call, (q, k, v), (right, right)), expected)
 
 
-@built_for_cuda
 def test_checked_lengths_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(B, H, L, D, device="cuda")
     packed = torch.randn(B * L, H, D, device="cuda")

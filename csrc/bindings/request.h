@@ -220,7 +220,7 @@ struct Request {
         args.cu_seqlens_k = lengths_of("cu_seqlens_k", cu_seqlens_k, args.batch + 1);
         if (seed && args.dropout_p != 0) {
             TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed is ", seed->scalar_type(), ": must be int64");
-            TORCH_CHECK_VALUE(seed->numel() == 1, "seed has shape ", seed->sizes(), ": must have one element");
+            TORCH_CHECK_VALUE(seed->numel() == 1, "seed has shape ", text(seed->sizes()), ": must have one element");
             args.dropout_seed = seed->const_data_ptr<int64_t>();
         }
     }

@@ -93,6 +93,10 @@ static void test_options(void) {
     REFUSES(FA_ERROR_VALUE, "device 9", args.device = (fa_device)9);
     REFUSES(FA_ERROR_VALUE, "impl 77", args.impl = (fa_impl)77);
     REFUSES(FA_ERROR_UNSUPPORTED, "hopper", args.impl = FA_HOPPER);
+    fa_kernel_info fastest; // of all devices: CUDA's rows come first
+    fa_kernel_describe(0, &fastest);
+    if (fastest.device != FA_CUDA)
+        REFUSES(FA_ERROR_UNSUPPORTED, "no kernel of this build serves tensors on cuda", args.device = FA_CUDA);
 }
 
 static void test_extras(void) {
@@ -103,8 +107,8 @@ static void test_extras(void) {
             (args.dtype = FA_FLOAT16, args.alibi_slopes = (fa_per_head){g_in, FA_FLOAT16, 0, 1}));
     REFUSES(FA_ERROR_TYPE, "sinks is float16", args.sinks = ((fa_per_head){g_in, FA_FLOAT16, 0, 1}));
     REFUSES(FA_ERROR_VALUE, "sinks", args.sinks = ((fa_per_head){g_in, FA_FLOAT32, 4, 1}));
-    REFUSES(FA_ERROR_VALUE, "q: is NULL", args.q.data = NULL);
-    REFUSES(FA_ERROR_VALUE, "v: is NULL", args.v.data = NULL);
+    REFUSES(FA_ERROR_VALUE, "q: is NULL but has 24 rows", args.q.data = NULL);
+    REFUSES(FA_ERROR_VALUE, "v: is NULL but has 20 rows", args.v.data = NULL);
     REFUSES(FA_ERROR_VALUE, "lse: is NULL", args.lse.data = NULL);
 }
 

@@ -1,4 +1,4 @@
-// Dropout bits, 16-bit conversions, names, the kernel table and its verdicts.
+// Dropout bits, 16-bit conversions, sequences and their masks, names, the kernel table and its verdicts.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -94,6 +94,87 @@ static void test_visible_keys(void) {
         }
 }
 
+static void expect_seeing_rows(const fa_forward_args *args, const fa_sequence *seq, int64_t key0, int64_t key1) {
+    const fa_interval rows = fa_seeing_rows(args, seq, key0, key1);
+    expect(rows.lo >= 0 && rows.hi >= 0 && rows.hi <= seq->len_q, "[%lld, %lld)", (long long)rows.lo,
+           (long long)rows.hi);
+    for (int64_t i = 0; i < seq->len_q; ++i) {
+        const fa_interval keys = fa_visible_keys(args, seq, i);
+        const bool sees = fa_max(keys.lo, key0) < fa_min(keys.hi, key1);
+        expect(sees == (i >= rows.lo && i < rows.hi), "row %d, keys [%d, %d): [%lld, %lld)", (int)i, (int)key0,
+               (int)key1, (long long)rows.lo, (long long)rows.hi);
+    }
+}
+
+static void test_seeing_rows(void) {
+    test_begin("seeing rows: the interval is of those whose visible keys meet the block");
+    const int64_t lengths[] = {0, 1, 4, 7, 11}, windows[] = {-1, 0, 1, 5, 20, INT64_MAX - 1, INT64_MAX};
+    for (int lengths_at = 0; lengths_at < 25; ++lengths_at)
+        for (int rule = 0; rule < 98; ++rule) {
+            const fa_sequence seq = {.len_q = lengths[lengths_at % 5], .len_k = lengths[lengths_at / 5]};
+            const fa_forward_args args = {
+                .causal = rule >= 49, .window_left = windows[rule % 7], .window_right = windows[rule / 7 % 7]};
+            for (int64_t key0 = 0; key0 < seq.len_k; ++key0)
+                for (int64_t key1 = key0 + 1; key1 <= seq.len_k; ++key1) expect_seeing_rows(&args, &seq, key0, key1);
+        }
+}
+
+static void test_sequences(void) {
+    enum { kBatch = 6, kRows = 40, kTotal = 100 };
+    static const int32_t kGarbage[][kBatch + 1] = {
+        {0, 30, 30, 70, 100, 100, 100},
+        {-1, INT32_MIN, -7, 0, -40, -2, -3},
+        {1000, INT32_MAX, 41, 101, 77, 1 << 20, INT32_MAX},
+        {100, 80, 60, 40, 20, 0, -20},
+        {INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN, 0, INT32_MAX, 5},
+        {0, 100, 0, 100, 50, INT32_MAX, 99},
+    };
+    enum { kSets = sizeof kGarbage / sizeof kGarbage[0] };
+    test_begin("sequences: whatever the lengths, their rows are in the tensors");
+    for (int set = 0; set < kSets; ++set) {
+        const int32_t *of_q = kGarbage[set], *of_k = kGarbage[(set + 1) % kSets];
+        const fa_forward_args padded = {
+            .batch = kBatch, .seqlen_q = kRows, .seqlen_k = kRows + 1, .seqlens_q = of_q, .seqlens_k = of_k};
+        const fa_forward_args packed = {.batch = kBatch,
+                                        .seqlen_q = kRows,
+                                        .seqlen_k = kRows + 1,
+                                        .cu_seqlens_q = of_q,
+                                        .cu_seqlens_k = of_k,
+                                        .total_q = kTotal,
+                                        .total_k = kTotal - 1};
+        for (int64_t b = 0; b < kBatch; ++b) {
+            fa_sequence seq = fa_sequence_at(&padded, b);
+            expect(seq.batch_index == b && seq.row_q == 0 && seq.row_k == 0, "set %d, padded %d: lies elsewhere", set,
+                   (int)b);
+            expect(seq.len_q == fa_clamp(of_q[b], 0, kRows) && seq.len_k == fa_clamp(of_k[b], 0, kRows + 1),
+                   "set %d, padded %d: %lld queries, %lld keys", set, (int)b, (long long)seq.len_q,
+                   (long long)seq.len_k);
+            seq = fa_sequence_at(&packed, b);
+            expect(seq.batch_index == 0 && seq.row_q >= 0 && seq.row_k >= 0, "set %d, packed %d: starts before", set,
+                   (int)b);
+            expect(seq.len_q >= 0 && seq.len_q <= kRows && seq.row_q + seq.len_q <= kTotal,
+                   "set %d, packed %d: %lld + %lld", set, (int)b, (long long)seq.row_q, (long long)seq.len_q);
+            expect(seq.len_k >= 0 && seq.len_k <= kRows + 1 && seq.row_k + seq.len_k <= kTotal - 1,
+                   "set %d, packed %d: %lld + %lld", set, (int)b, (long long)seq.row_k, (long long)seq.len_k);
+        }
+    }
+
+    test_begin("sequences: lengths that are right stay as they are");
+    const fa_forward_args right = {.batch = kBatch,
+                                   .seqlen_q = kRows,
+                                   .seqlen_k = kRows,
+                                   .cu_seqlens_q = kGarbage[0],
+                                   .cu_seqlens_k = kGarbage[0],
+                                   .total_q = kTotal,
+                                   .total_k = kTotal};
+    for (int64_t b = 0; b < kBatch; ++b) {
+        const fa_sequence seq = fa_sequence_at(&right, b);
+        const int64_t row = kGarbage[0][b], length = kGarbage[0][b + 1] - row;
+        expect(seq.row_q == row && seq.row_k == row && seq.len_q == length && seq.len_k == length, "sequence %d",
+               (int)b);
+    }
+}
+
 static void test_names(void) {
     test_begin("names: every impl parses back");
     for (fa_impl impl = FA_AUTO; impl <= FA_HOPPER; ++impl) {
@@ -159,6 +240,8 @@ void test_tables(void) {
     test_philox();
     test_conversions();
     test_visible_keys();
+    test_seeing_rows();
+    test_sequences();
     test_names();
     test_kernels();
     test_workers();

@@ -5,7 +5,7 @@
 //   norm: per tile of rows, only where scores are large
 //   keys: per (b, h_kv, key lane): for each key block of the lane, for each query head of the group, for each tile of rows:
 //           P, dS (backward_tile.h);  d_v += P^T d_o;  d_k += dS^T q;  d_q[lane] += dS k
-//   rows: d_q = softmax_scale * sum over lanes
+//   rows: d_q = softmax_scale * sum over lanes;  d_sink -= P of the sink * delta
 //   bias: per element block of d_bias, summed over what it is broadcast to (recomputes dS, so nothing is stored)
 #ifndef FA_FUSED_BACKWARD_H
 #define FA_FUSED_BACKWARD_H
@@ -58,8 +58,6 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
         pack_down(pack_target(&plan->q_down, &q), plan->q_down.row_stride, &q);
         pack_down(pack_target(&plan->d_o_down, &d_o), plan->d_o_down.row_stride, &d_o);
     }
-    const double sink = (double)sink_of(forward, h);
-    double d_sink = 0;
     for (int64_t row = row0; row < row0 + n; ++row) {
         const int64_t lse_at = fa_row_offset(&forward->lse, seq.batch_index, h, seq.row_q + row);
         const int64_t d_lse_at = fa_row_offset(&args->d_lse, seq.batch_index, h, seq.row_q + row);
@@ -70,9 +68,7 @@ static void backward_pack_q_task(void *arg, int64_t task, int32_t worker) {
         *packed_at(&plan->lse, h, first + row) = lse == -INFINITY ? INFINITY : lse; // no visible key: P = e^-inf = 0
         *packed_at(&plan->delta, h, first + row) = delta;
         *packed_at(&plan->norm, h, first + row) = 1;
-        if (sink != -INFINITY && lse != -INFINITY) d_sink -= exp(sink - (double)lse) * (double)delta;
     }
-    plan->d_sinks[task] = d_sink; // task counts (b, h, chunk)
 }
 
 // Large scores only: lse is rounded to |lse| 2^-24, and e^(s - lse) is off by as much; where that exceeds what rounding does
@@ -158,6 +154,8 @@ static void backward_rows_task(void *arg, int64_t task, int32_t worker) {
     const int64_t row0 = place.part * kPackRows, h = place.head, b = place.b;
     const fa_sequence seq = fa_sequence_at(forward, b);
     const int64_t first = packed_first_row(forward, kSideQ, b);
+    const double sink = (double)sink_of(forward, h);
+    double d_sink = 0;
     (void)worker;
     for (int64_t row = row0; row < fa_min(row0 + kPackRows, seq.len_q); ++row) {
         real *sum = packed_at(&plan->d_q, h, first + row);
@@ -168,7 +166,12 @@ static void backward_rows_task(void *arg, int64_t task, int32_t worker) {
         }
         store_tensor_row(&args->d_q, forward->dtype, seq.batch_index, h, seq.row_q + row, sum, forward->head_dim,
                          (real)forward->softmax_scale);
+        if (sink != -INFINITY)
+            d_sink -= exp(sink - (double)*packed_at(&plan->lse, h, first + row)) *
+                      (double)*packed_at(&plan->norm, h, first + row) *
+                      (double)*packed_at(&plan->delta, h, first + row);
     }
+    plan->d_sinks[task] = d_sink; // task counts (b, h, chunk)
 }
 
 // ---- bias -----------------------------------------------------------------------------------------------------------

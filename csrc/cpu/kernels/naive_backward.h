@@ -40,7 +40,7 @@ static void naive_ds_task(void *arg, int64_t task, int32_t worker) {
         plan->slope_sums[sum_at] = slope_sum;
         plan->sink_sums[sum_at] = 0;
         if (args->sinks.data && lse != -INFINITY)
-            plan->sink_sums[sum_at] = -exp((double)sink_of(args, block.h) - (double)lse) * delta;
+            plan->sink_sums[sum_at] = -exp((double)sink_of(args, block.h) - (double)lse) / (double)sum * delta;
     }
 }
 
