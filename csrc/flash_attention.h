@@ -83,23 +83,24 @@ fa_workers fa_posix_workers(int32_t count);
 typedef struct fa_forward_args {
     fa_device device;
     fa_impl impl;
-    fa_dtype dtype;                             // of q, k, v, o and their gradients
-    int64_t batch, heads_q, heads_kv;           // heads_q is a multiple of heads_kv
-    int64_t seqlen_q, seqlen_k;                 // Lq, Lk; with cu_seqlens: at least the longest sequence
-    int64_t head_dim, head_dim_v;               // D of q and k, Dv of v and o: 1 ... FA_MAX_HEAD_DIM
-    fa_tensor q, k, v;                          // (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)
-    fa_tensor o;                                // (B, Hq, Lq, Dv): written by forward, read by backward
-    fa_tensor lse;                              // (B, Hq, Lq), float32 (float64 with float64 inputs), natural log: as o
-    double softmax_scale;                       // usually D^-1/2
-    double softcap;                             // 0: none
-    int32_t causal;                             // 0 or 1; bottom-right aligned
-    int64_t window_left, window_right;          // keys to either side of i + offset; -1: unbounded
-    fa_bias bias;                               // not with cu_seqlens
-    fa_per_head alibi_slopes;                   // float32, or float64 with float64 inputs
-    fa_per_head sinks;                          // stride_b = 0
-    double dropout_p;                           // in [0, 1)
-    const int64_t *dropout_seed;                // one element on the device, read by the kernel; NULL iff dropout_p = 0
-    uint32_t dropout_offset;                    // tells apart calls that share a seed
+    fa_dtype dtype;                    // of q, k, v, o and their gradients
+    int64_t batch, heads_q, heads_kv;  // heads_q is a multiple of heads_kv
+    int64_t seqlen_q, seqlen_k;        // Lq, Lk; with cu_seqlens: at least the longest sequence
+    int64_t head_dim, head_dim_v;      // D of q and k, Dv of v and o: 1 ... FA_MAX_HEAD_DIM
+    fa_tensor q, k, v;                 // (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)
+    fa_tensor o;                       // (B, Hq, Lq, Dv): written by forward, read by backward
+    fa_tensor lse;                     // (B, Hq, Lq), float32 (float64 with float64 inputs), natural log: as o
+    double softmax_scale;              // usually D^-1/2
+    double softcap;                    // 0: none
+    int32_t causal;                    // 0 or 1; bottom-right aligned
+    int64_t window_left, window_right; // keys to either side of i + offset; -1: unbounded
+    fa_bias bias;                      // not with cu_seqlens
+    fa_per_head alibi_slopes;          // float32, or float64 with float64 inputs
+    fa_per_head sinks;                 // stride_b = 0
+    double dropout_p;                  // in [0, 1)
+    const int64_t *dropout_seed;       // one element on the device, read by the kernel; NULL iff dropout_p = 0
+    uint32_t dropout_offset;           // tells apart calls that share a seed
+    // Lengths that lie on a GPU are cut to the tensors by the kernels; rows that are cut off are not written.
     const int32_t *seqlens_q, *seqlens_k;       // (B,) on the device, or NULL: lengths of right-padded sequences
     const int32_t *cu_seqlens_q, *cu_seqlens_k; // (B+1,) on the device, or NULL: sequence b is rows [cu[b], cu[b+1])
     int64_t total_q, total_k;                   // rows of packed q and k; read only with cu_seqlens

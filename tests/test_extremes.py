@@ -149,3 +149,17 @@ def test_options_of_a_wrong_type_are_refused_by_name(option: dict[str, object]) 
 def test_a_window_beyond_64_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="window_size"):
         flash_attention(*qkv(torch.float32, 4, 4), window_size=(2**70, 0))
+
+
+@each_kernel("auto", "reference")
+def test_what_is_not_a_number_stays_in_sight(device: str, impl: str) -> None:
+    """A NaN makes each result that depends on it NaN, however softmax is put together, and no other row."""
+    for name in ("q", "k", "sinks"):
+        q, k, v = (x.detach() for x in qkv(torch.float32, 40, 70, device))
+        tensors = {"q": q, "k": k, "v": v, "sinks": torch.zeros(2, device=device)}
+        tensors[name][(0,) * tensors[name].dim()] = math.nan
+        o, lse = flash_attention(**tensors, dropout_p=0.5, seed=1, return_lse=True, impl=impl)
+        hit = torch.zeros(1, 2, 40, dtype=torch.bool, device=device)
+        hit[:, 0, : 1 if name == "q" else None] = True
+        assert torch.equal(lse.isnan(), hit), name
+        assert torch.equal(o.isnan().all(-1), hit) and torch.equal(o.isnan().any(-1), hit), name

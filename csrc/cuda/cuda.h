@@ -28,13 +28,6 @@ fa_status fa_cuda_fill_gradient_padding(const fa_backward_args *args);
 
 static inline cudaStream_t fa_stream(const fa_forward_args *args) { return (cudaStream_t)args->stream; }
 
-// Stands after every launch. `what` names the kernel.
-static inline fa_status fa_launched(const char *what) {
-    const cudaError_t error = cudaGetLastError();
-    FA_REQUIRE(error == cudaSuccess, FA_ERROR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-    return FA_OK;
-}
-
 // Raises the dynamic shared memory that `kernel` may use. False: the device has less.
 static inline bool fa_allow_shared(const void *kernel, size_t bytes) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) == cudaSuccess)
@@ -46,14 +39,6 @@ static inline bool fa_allow_shared(const void *kernel, size_t bytes) {
 // Whether softmax sees anything but softmax_scale q.k, or P is not what softmax gave.
 static inline bool fa_has_modified_scores(const fa_forward_args *args) {
     return args->softcap > 0 || args->bias.data || args->alibi_slopes.data || args->dropout_p > 0;
-}
-
-// The number of blocks of a one-dimensional grid.
-static inline fa_status fa_grid(int64_t blocks, unsigned *grid) {
-    FA_REQUIRE(blocks <= INT32_MAX, FA_ERROR_UNSUPPORTED, "%lld blocks of threads: a launch takes at most 2^31 - 1",
-               (long long)blocks);
-    *grid = (unsigned)blocks;
-    return FA_OK;
 }
 
 #endif

@@ -6,7 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/cuda.h"
+#include "cuda/launch.cuh"
 #include "cuda/ptx/math.cuh"
 #include "philox.h"
 

@@ -5,15 +5,40 @@ static void refuse_split(const fa_forward_args *args, const fa_backward_args *, 
     if (args->dtype == FA_FLOAT64) fa_add_reason(reasons, "takes float32, float16 and bfloat16, not float64");
 }
 
+// Packed sequences are no longer than their tensor, whatever max_seqlen says: grids and workspaces follow the shorter.
+static fa_forward_args cut(const fa_forward_args *args) {
+    fa_forward_args within = *args;
+    if (args->cu_seqlens_q) {
+        within.seqlen_q = fa_min(args->seqlen_q, args->total_q);
+        within.seqlen_k = fa_min(args->seqlen_k, args->total_k);
+    }
+    return within;
+}
+static fa_backward_args cut(const fa_backward_args *args) {
+    fa_backward_args within = *args;
+    within.forward = cut(&args->forward);
+    return within;
+}
+
 #define CUDA_KERNEL(NAME)                                                                                              \
+    static size_t NAME##_forward_bytes(const fa_forward_args *args) {                                                  \
+        const fa_forward_args within = cut(args);                                                                      \
+        return fa_cuda_##NAME##_forward_bytes(&within);                                                                \
+    }                                                                                                                  \
     static fa_status NAME##_forward(const fa_forward_args *args) {                                                     \
-        FA_CHECK(fa_cuda_fill_padding(args));                                                                          \
-        return fa_cuda_##NAME##_forward(args);                                                                         \
+        const fa_forward_args within = cut(args);                                                                      \
+        FA_CHECK(fa_cuda_fill_padding(&within));                                                                       \
+        return fa_cuda_##NAME##_forward(&within);                                                                      \
     }
 #define CUDA_KERNEL_BACKWARD(NAME)                                                                                     \
+    static size_t NAME##_backward_bytes(const fa_backward_args *args) {                                                \
+        const fa_backward_args within = cut(args);                                                                     \
+        return fa_cuda_##NAME##_backward_bytes(&within);                                                               \
+    }                                                                                                                  \
     static fa_status NAME##_backward(const fa_backward_args *args) {                                                   \
-        FA_CHECK(fa_cuda_fill_gradient_padding(args));                                                                 \
-        return fa_cuda_##NAME##_backward(args);                                                                        \
+        const fa_backward_args within = cut(args);                                                                     \
+        FA_CHECK(fa_cuda_fill_gradient_padding(&within));                                                              \
+        return fa_cuda_##NAME##_backward(&within);                                                                     \
     }
 CUDA_KERNEL(fused)
 CUDA_KERNEL_BACKWARD(fused)
@@ -24,21 +49,21 @@ CUDA_KERNEL_BACKWARD(naive)
 static const fa_kernel kRows[] = {
     {{FA_FUSED, FA_CUDA, "fused"},
      nullptr,
-     fa_cuda_fused_forward_bytes,
+     fused_forward_bytes,
      fused_forward,
-     fa_cuda_fused_backward_bytes,
+     fused_backward_bytes,
      fused_backward}, // tiles and an online softmax
     {{FA_SPLIT, FA_CUDA, "split"},
      refuse_split,
-     fa_cuda_split_forward_bytes,
+     split_forward_bytes,
      split_forward,
      nullptr,
      nullptr}, // three tiled steps
     {{FA_NAIVE, FA_CUDA, "naive"},
      nullptr,
-     fa_cuda_naive_forward_bytes,
+     naive_forward_bytes,
      naive_forward,
-     fa_cuda_naive_backward_bytes,
+     naive_backward_bytes,
      naive_backward}, // one thread an output, the score matrix in memory
 };
 extern "C" const fa_kernel_rows fa_cuda_kernel_rows = {kRows, sizeof kRows / sizeof kRows[0]};

@@ -11,8 +11,6 @@
 //
 // The lanes that share a row are neighbours in a warp, so its maximum and sum are three shuffles; P is read by the warp
 // that wrote it. Two blocks share an SM: one computes while the other loads.
-#include <type_traits>
-
 #include "cuda/scores.cuh"
 
 // kRows x kCols scores and kRows x kDim / 8 outputs a thread: as many as the registers hold, since each vector read from
@@ -24,6 +22,7 @@ struct ForwardTile {
     static constexpr int kDim = kDim_, kRows = kRows_, kCols = kCols_, kOutputs = kDim / Lanes<4>::kLanesX;
     static constexpr int kBlockM = kWarps * Lanes<4>::kLanesY * kRows, kBlockN = Lanes<4>::kLanesX * kCols;
     static constexpr bool kWide = kWide_;
+    static_assert(kBlockM % 16 == 0 && kBlockN % 16 == 0, "dropped_entries counts from multiples of 16");
     struct WholeRows {
         Tile<Real, kBlockM, kDim> q;
         Tile<Real, kBlockN, kDim> k;
@@ -35,11 +34,6 @@ struct ForwardTile {
     };
 };
 
-template <typename T>
-static __host__ __device__ int64_t slices_of(const fa_forward_args &args) {
-    return T::kWide ? fa_ceil_div(args.head_dim_v, T::kDim) : 1;
-}
-
 template <typename T, bool kModified>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __grid_constant__ fa_forward_args args) {
     using Real = typename T::Real;
@@ -47,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __
     extern __shared__ __align__(16) unsigned char shared[];
     typename T::Smem &smem = *reinterpret_cast<typename T::Smem *>(shared);
 
-    const int64_t m_blocks = fa_ceil_div(args.seqlen_q, T::kBlockM), slices = slices_of<T>(args);
+    const int64_t m_blocks = fa_ceil_div(args.seqlen_q, T::kBlockM), slices = slices_of<T>(args.head_dim_v);
     const fa_place place = fa_place_of(blockIdx.x / slices, args.heads_q, m_blocks);
     const int slice = static_cast<int>(blockIdx.x % slices), slice_col = slice * T::kDim;
     const int64_t b = place.b, h = place.head, h_kv = h / (args.heads_q / args.heads_kv);
@@ -76,11 +70,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __
     if constexpr (!T::kWide) load_tile(smem.rows.q, q, row0, row_end);
 
     const int64_t first_key = first.lo / T::kBlockN * T::kBlockN;
-    if constexpr (!T::kWide) load_tile(smem.rows.k, k, first_key, seq.len_k);
+    if constexpr (!T::kWide) load_tile(smem.rows.k, k, first_key, last.hi);
     for (int64_t n0 = first_key; n0 < last.hi; n0 += T::kBlockN) {
         cp_async_wait<0>();
         __syncthreads(); // Q and K are there, V was read
-        load_tile(smem.v, v, n0, seq.len_k, slice_col);
+        load_tile(smem.v, v, n0, last.hi, slice_col);
         Real acc_s[kRows][kCols] = {};
         if constexpr (T::kWide) {
             multiply_chunks<false>(acc_s, smem.rows, q, row0, row_end, k, n0, seq.len_k, lane);
@@ -91,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __
         }
         const int64_t col0 = n0 + lane.x;
         const bool whole = full && last.lo <= n0 && n0 + T::kBlockN <= first.hi;
-        const uint64_t dropped = kModified ? dropped_entries<kRows, kCols, false>(rule, thread_row, col0) : 0;
+        const uint64_t dropped = kModified ? dropped_entries<kRows, kCols>(rule, thread_row, col0) : 0;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             const int64_t row = thread_row + lane.kLanesY * i;
@@ -120,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __
         __syncthreads(); // V is there
         multiply_nn<T::kBlockN, kModified ? 1 : 2>(acc_o, smem.p, smem.v, lane);
     }
+    cp_async_wait<0>(); // no copy outlives its block
 
     const Rows<Real> o(args.o, args.dtype, seq.batch_index, h, seq.row_q, args.head_dim_v);
     const Real keep = static_cast<Real>(1 / (1 - args.dropout_p));
@@ -128,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __
         const int64_t row = thread_row + lane.kLanesY * i;
         const Real sum = row_sum_of<lane.kLanesX>(row_sum[i]);
         if (row >= row_end) continue;
-        const Real normalise = sum > 0 ? keep / sum : 0;
+        const Real normalise = sum == 0 ? 0 : keep / sum; // a NaN stays one
 #pragma unroll
         for (int n = 0; n < kOutputs; n += kVec<Real>) {
             Vec<Real> out;
@@ -138,30 +133,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) fused_forward(const __
         }
         if (lane.x == 0 && slice == 0)
             store(args.lse.data, fa_lse_dtype(&args), fa_row_offset(&args.lse, seq.batch_index, h, seq.row_q + row),
-                  sum > 0 ? row_max[i] + log_of(sum) : -infinity(Real()));
+                  sum == 0 ? -infinity(Real()) : row_max[i] + log_of(sum));
     }
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-// Whether the device has the shared memory that the tile takes.
-template <typename T, bool kModified>
-static bool fits() {
-    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / kBlocksPerSm));
-    return fa_allow_shared(reinterpret_cast<const void *>(&fused_forward<T, kModified>), sizeof(typename T::Smem));
-}
-
 template <typename T, bool kModified>
 static fa_status launch(const fa_forward_args *args) {
-    const int64_t m_blocks = fa_ceil_div(args->seqlen_q, T::kBlockM);
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(m_blocks * slices_of<T>(*args) * args->heads_q * args->batch, &grid));
-    if (grid == 0) return FA_OK;
-    fused_forward<T, kModified><<<grid, kThreads, sizeof(typename T::Smem), fa_stream(args)>>>(*args);
-    return fa_launched("fused forward");
+    const int64_t blocks = fa_ceil_div(args->seqlen_q, T::kBlockM) * slices_of<T>(args->head_dim_v);
+    return launch_tile<T>("fused forward", fused_forward<T, kModified>, blocks * args->heads_q * args->batch,
+                          fa_stream(args), *args);
 }
 
-// The narrowest tile that holds a row and fits the device; the wide one fits every device.
+template <typename T, bool kModified>
+static bool fits() {
+    return tile_fits<T>(fused_forward<T, kModified>);
+}
+
+// The narrowest tile that holds a row and fits the device.
 template <bool kModified>
 static fa_status by_head_dim(const fa_forward_args *args) {
     using Tile64 = ForwardTile<float, 64, 4, 8, false>;

@@ -8,7 +8,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ double partial[kWarps];
     const fa_forward_args &forward = args.forward;
     const int64_t h = blockIdx.x, m_blocks = fa_ceil_div(forward.seqlen_q, kSlopeBlock);
-    const bool wants_slopes = args.d_alibi_slopes.data != nullptr; // slope_sums is NULL where there is no query, too
+    const bool wants_slopes = args.d_alibi_slopes.data != nullptr;
     const Real sink = args.d_sinks.data ? load_per_head<Real>(forward.sinks, 0, h) : Real(0);
     double d_sink = 0, d_slope = 0; // of this thread
     for (int64_t b = 0; b < forward.batch; ++b) {
@@ -36,12 +36,13 @@ __global__ void __launch_bounds__(kThreads)
         store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype, h * args.d_alibi_slopes.stride_h, 0.0);
 }
 
-// Whether a row may see no key, as far as the host can tell.
+// Whether a row may see no key, as far as the host can tell (finite scores do not overflow).
 static bool may_have_blind_rows(const fa_forward_args *args) {
     const bool lengths_known = !args->seqlens_q && !args->seqlens_k && !args->cu_seqlens_q;
     const bool by_position = args->causal || args->window_left >= 0 || args->window_right >= 0;
     const bool each_sees_itself = args->seqlen_q <= args->seqlen_k; // a window reaches the row's own position
-    return args->bias.data || !lengths_known || args->seqlen_k == 0 || (by_position && !each_sees_itself);
+    return args->bias.data || args->alibi_slopes.data || !lengths_known || args->seqlen_k == 0 ||
+           (by_position && !each_sees_itself);
 }
 
 // base NULL: only counts.
@@ -79,10 +80,7 @@ fa_status fa_cuda_fused_backward(const fa_backward_args *args) {
     FA_CHECK(fa_fused_backward_q(args, plan));
     if (args->d_bias.data) FA_CHECK(fa_fused_backward_bias(args, plan));
     if (!args->d_alibi_slopes.data && !args->d_sinks.data) return FA_OK;
-    const unsigned grid = static_cast<unsigned>(forward->heads_q);
-    if (forward->dtype == FA_FLOAT64)
-        fused_backward_heads<double><<<grid, kThreads, 0, fa_stream(forward)>>>(*args, plan);
-    else
-        fused_backward_heads<float><<<grid, kThreads, 0, fa_stream(forward)>>>(*args, plan);
-    return fa_launched("fused backward, the gradients of heads");
+    const auto kernel = forward->dtype == FA_FLOAT64 ? fused_backward_heads<double> : fused_backward_heads<float>;
+    return fa_launch("fused backward, the gradients of heads", kernel, forward->heads_q, kThreads, 0,
+                     fa_stream(forward), *args, plan);
 }

@@ -16,8 +16,8 @@
 
 #include "cuda/scores.cuh"
 
-// One value for each row of q, [batch][heads_q][seqlen_q] or, packed, [heads_q][total_q]. Where a row has no visible key
-// lse is +inf, so that P = 0, and delta is 0. P = e^(S - lse - correction): a large lse is rounded by more than P may be,
+// One value for each row of q, [batch][heads_q][seqlen_q] or, packed, [heads_q][total_q]. Where a row has neither
+// key nor sink lse is +inf, so that P = 0, and delta is 0. P = e^(S - lse - correction): a large lse is rounded by more than P may be,
 // and the correction, the logarithm of the sum of such a row's e^(S - lse), makes up for it.
 template <typename Real>
 struct RowValues {
@@ -31,7 +31,7 @@ struct BackwardPlan {
     double *slope_sums;             // [batch][heads_q][seqlen_q / kSlopeBlock] of dS |i + offset - j|; NULL: not wanted
     double *bias_sums; // [bias_chunks][elements of d_bias]; NULL: one chunk holds all, or d_bias is not wanted
     int64_t bias_chunks;
-    bool has_blind_rows; // rows that see no key are possible: their d_o, which may be anything, is taken as 0
+    bool has_blind_rows; // rows with neither key nor sink are possible: their d_o, which may be anything, is taken as 0
 };
 
 template <typename Real>

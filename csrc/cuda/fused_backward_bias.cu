@@ -21,6 +21,13 @@ struct BiasShape {
         m_tiles = fa_ceil_div(sizes[2], kBlock);
         n_tiles = fa_ceil_div(sizes[3], kBlock);
     }
+    // d_bias at an element of its own shape.
+    __device__ void put(const fa_bias &t, int64_t element, double sum) const {
+        const int64_t key = element % sizes[3], row = element / sizes[3] % sizes[2];
+        const fa_place place = fa_place_of(element / sizes[3], sizes[1], sizes[2]);
+        store(t.data, t.dtype, place.b * t.stride_b + place.head * t.stride_h + row * t.stride_q + key * t.stride_k,
+              sum);
+    }
     __host__ __device__ int64_t tiles() const { return sizes[0] * sizes[1] * m_tiles * n_tiles; }
     __host__ __device__ int64_t terms() const { return sums[0] * sums[1] * sums[2] * sums[3]; } // of a tile
     __host__ __device__ int64_t elements() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
@@ -109,10 +116,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         if (plan.bias_sums)
             plan.bias_sums[chunk * shape.elements() + element] = sum;
         else
-            store(args.d_bias.data, args.d_bias.dtype,
-                  batch * args.d_bias.stride_b + head * args.d_bias.stride_h + row * args.d_bias.stride_q +
-                      key * args.d_bias.stride_k,
-                  sum);
+            shape.put(args.d_bias, element, sum);
     }
 }
 
@@ -124,13 +128,7 @@ __global__ void __launch_bounds__(kAddThreads)
     double sum = 0;
     for (int64_t chunk = 0; chunk < plan.bias_chunks; ++chunk)
         sum += plan.bias_sums[chunk * shape.elements() + element];
-    const int64_t key = element % shape.sizes[3], row = element / shape.sizes[3] % shape.sizes[2];
-    const int64_t head = element / shape.sizes[3] / shape.sizes[2] % shape.sizes[1];
-    const int64_t batch = element / shape.sizes[3] / shape.sizes[2] / shape.sizes[1];
-    store(args.d_bias.data, args.d_bias.dtype,
-          batch * args.d_bias.stride_b + head * args.d_bias.stride_h + row * args.d_bias.stride_q +
-              key * args.d_bias.stride_k,
-          sum);
+    shape.put(args.d_bias, element, sum);
 }
 
 void fa_fused_plan_bias(const fa_backward_args *args, BackwardPlan *plan, fa_arena *arena) {
@@ -148,16 +146,10 @@ void fa_fused_plan_bias(const fa_backward_args *args, BackwardPlan *plan, fa_are
 fa_status fa_fused_backward_bias(const fa_backward_args *args, const BackwardPlan &plan) {
     const BiasShape shape(*args);
     const cudaStream_t stream = fa_stream(&args->forward);
-    unsigned grid = 0, add_grid = 0;
-    FA_CHECK(fa_grid(shape.tiles() * plan.bias_chunks, &grid));
-    FA_CHECK(fa_grid(fa_ceil_div(shape.elements(), kAddThreads), &add_grid));
-    if (grid == 0) return FA_OK;
-    if (args->forward.dtype == FA_FLOAT64)
-        fused_backward_bias<double><<<grid, kThreads, 0, stream>>>(*args, plan);
-    else
-        fused_backward_bias<float><<<grid, kThreads, 0, stream>>>(*args, plan);
-    FA_CHECK(fa_launched("fused backward, d_bias"));
+    const auto kernel = args->forward.dtype == FA_FLOAT64 ? fused_backward_bias<double> : fused_backward_bias<float>;
+    FA_CHECK(fa_launch("fused backward, d_bias", kernel, shape.tiles() * plan.bias_chunks, kThreads, 0, stream, *args,
+                       plan));
     if (plan.bias_chunks == 1) return FA_OK;
-    add_bias_chunks<<<add_grid, kAddThreads, 0, stream>>>(*args, plan);
-    return fa_launched("fused backward, the sum of d_bias");
+    return fa_launch("fused backward, the sum of d_bias", add_bias_chunks, fa_ceil_div(shape.elements(), kAddThreads),
+                     kAddThreads, 0, stream, *args, plan);
 }

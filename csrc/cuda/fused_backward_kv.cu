@@ -8,8 +8,6 @@
 // they stand over columns, as many lanes as a row has vectors.
 #include "cuda/fused_backward.cuh"
 
-#include <type_traits>
-
 // kRows x kCols entries of S and of dP a thread, and kOutRows rows of a vector of dK and of dV.
 // kWide: rows of any head_dim; they pass in chunks, and the block makes one slice of kDim columns of dK and dV.
 template <typename Real_, int kDim_, int kY, int kRows_, int kCols_, bool kWide_>
@@ -32,11 +30,6 @@ struct KeyTile {
     };
 };
 
-template <typename T>
-static __host__ __device__ int64_t slices_of(const fa_forward_args &args) {
-    return T::kWide ? fa_ceil_div(fa_max(args.head_dim, args.head_dim_v), T::kDim) : 1;
-}
-
 template <typename T, bool kModified>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_kv(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
@@ -46,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     typename T::Smem &smem = *reinterpret_cast<typename T::Smem *>(shared);
 
     const fa_forward_args &forward = args.forward;
-    const int64_t slices = slices_of<T>(forward);
+    const int64_t slices = slices_of<T>(fa_max(forward.head_dim, forward.head_dim_v));
     const int slice_col = static_cast<int>(blockIdx.x % slices) * T::kDim;
     const fa_place place =
         fa_place_of(blockIdx.x / slices, forward.heads_kv, fa_ceil_div(forward.seqlen_k, T::kBlockN));
@@ -134,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         __syncthreads(); // dS^T is there
         multiply_nn<kBlockM, 1>(acc_dk, smem.p, smem.q, out_lane);
     }
+    cp_async_wait<0>(); // no copy outlives its block
 
     const Rows<Real> d_k(args.d_k, forward.dtype, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
     const Rows<Real> d_v(args.d_v, forward.dtype, seq.batch_index, h_kv, seq.row_k, forward.head_dim_v);
@@ -155,23 +149,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <typename T, bool kModified>
-static bool fits() {
-    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / kBlocksPerSm));
-    return fa_allow_shared(reinterpret_cast<const void *>(&fused_backward_kv<T, kModified>), sizeof(typename T::Smem));
+static fa_status launch(const fa_backward_args *args, const BackwardPlan &plan) {
+    const fa_forward_args *forward = &args->forward;
+    const int64_t blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN) *
+                           slices_of<T>(fa_max(forward->head_dim, forward->head_dim_v)) * forward->heads_kv;
+    return launch_tile<T>("fused backward, d_k and d_v", fused_backward_kv<T, kModified>, blocks * forward->batch,
+                          fa_stream(forward), *args, plan);
 }
 
 template <typename T, bool kModified>
-static fa_status launch(const fa_backward_args *args, const BackwardPlan &plan) {
-    const fa_forward_args *forward = &args->forward;
-    const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(n_blocks * slices_of<T>(*forward) * forward->heads_kv * forward->batch, &grid));
-    if (grid == 0) return FA_OK;
-    fused_backward_kv<T, kModified><<<grid, kThreads, sizeof(typename T::Smem), fa_stream(forward)>>>(*args, plan);
-    return fa_launched("fused backward, d_k and d_v");
+static bool fits() {
+    return tile_fits<T>(fused_backward_kv<T, kModified>);
 }
 
-// The narrowest tile that holds a row and fits the device; the wide one fits every device.
+// The narrowest tile that holds a row and fits the device.
 template <bool kModified>
 static fa_status by_head_dim(const fa_backward_args *args, const BackwardPlan &plan) {
     using Tile64 = KeyTile<float, 64, 2, 8, 4, false>;

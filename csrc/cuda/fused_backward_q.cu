@@ -5,8 +5,6 @@
 //
 // In S^T and dP^T the lanes of a warp stand over queries, so that each stores dS as vectors along the keys; in dQ they
 // stand over columns, as many lanes as a row has vectors.
-#include <type_traits>
-
 #include "cuda/fused_backward.cuh"
 
 // kRows x kCols entries of S^T and of dP^T a thread, and kOutRows rows of a vector of dQ.
@@ -32,11 +30,6 @@ struct QueryTile {
     };
 };
 
-template <typename T>
-static __host__ __device__ int64_t slices_of(const fa_forward_args &args) {
-    return T::kWide ? fa_ceil_div(args.head_dim, T::kDim) : 1;
-}
-
 template <typename T, bool kModified>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_q(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
@@ -46,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     typename T::Smem &smem = *reinterpret_cast<typename T::Smem *>(shared);
 
     const fa_forward_args &forward = args.forward;
-    const int64_t m_blocks = fa_ceil_div(forward.seqlen_q, T::kBlockM), slices = slices_of<T>(forward);
+    const int64_t m_blocks = fa_ceil_div(forward.seqlen_q, T::kBlockM), slices = slices_of<T>(forward.head_dim);
     const fa_place place = fa_place_of(blockIdx.x / slices, forward.heads_q, m_blocks);
     const int slice = static_cast<int>(blockIdx.x % slices), slice_col = slice * T::kDim;
     const int64_t b = place.b, h = place.head, h_kv = h / (forward.heads_q / forward.heads_kv);
@@ -94,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 
     const int64_t first_key = first.lo / T::kBlockN * T::kBlockN;
-    if constexpr (!T::kWide) load_tile(smem.rows.v, rows_v(), first_key, seq.len_k);
+    if constexpr (!T::kWide) load_tile(smem.rows.v, rows_v(), first_key, last.hi);
     for (int64_t n0 = first_key; n0 < last.hi; n0 += T::kBlockN) {
-        load_tile(smem.k, k, n0, seq.len_k, slice_col);
+        load_tile(smem.k, k, n0, last.hi, slice_col);
         cp_async_wait<0>();
         __syncthreads(); // Q, dO, K and V are there
         Real acc_s[kRows][kCols] = {}, acc_dp[kRows][kCols] = {};
@@ -130,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         multiply_nn<T::kBlockN, kModified || T::kWide ? 1 : 4>(acc_dq, smem.ds, smem.k, out_lane);
         __syncthreads(); // K and dS were read: the next ones take their places
     }
+    cp_async_wait<0>(); // no copy outlives its block
 
     const Rows<Real> d_q(args.d_q, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim);
 #pragma unroll
@@ -150,24 +144,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <typename T, bool kModified>
-static bool fits() {
-    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnyGpu : kHopper / kBlocksPerSm));
-    return fa_allow_shared(reinterpret_cast<const void *>(&fused_backward_q<T, kModified>), sizeof(typename T::Smem));
-}
-
-template <typename T, bool kModified>
 static fa_status launch(const fa_backward_args *args, const BackwardPlan &plan) {
     static_assert(T::kBlockM == kSlopeBlock, "slope_sums has one element for each tile of queries");
     const fa_forward_args *forward = &args->forward;
-    const int64_t m_blocks = fa_ceil_div(forward->seqlen_q, T::kBlockM);
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(m_blocks * slices_of<T>(*forward) * forward->heads_q * forward->batch, &grid));
-    if (grid == 0) return FA_OK;
-    fused_backward_q<T, kModified><<<grid, kThreads, sizeof(typename T::Smem), fa_stream(forward)>>>(*args, plan);
-    return fa_launched("fused backward, d_q");
+    const int64_t blocks =
+        fa_ceil_div(forward->seqlen_q, T::kBlockM) * slices_of<T>(forward->head_dim) * forward->heads_q;
+    return launch_tile<T>("fused backward, d_q", fused_backward_q<T, kModified>, blocks * forward->batch,
+                          fa_stream(forward), *args, plan);
 }
 
-// The narrowest tile that holds a row and fits the device; the wide one fits every device.
+template <typename T, bool kModified>
+static bool fits() {
+    return tile_fits<T>(fused_backward_q<T, kModified>);
+}
+
+// The narrowest tile that holds a row and fits the device.
 template <bool kModified>
 static fa_status by_head_dim(const fa_backward_args *args, const BackwardPlan &plan) {
     using Tile64 = QueryTile<float, 64, 2, 8, 4, false>;

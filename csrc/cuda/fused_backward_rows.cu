@@ -3,18 +3,13 @@
 
 enum { kTileRows = 4, kTileCols = 8, kBlockM = 64, kBlockN = 64 }; // of S, where it is needed
 
-// Rows of a larger |lse| are summed again: lse, and so P, is off by up to 2^-24 |lse|.
+// Rows of a larger |lse| are summed again: a float32 lse, and so P, is off by up to 2^-24 |lse|.
 constexpr float kExactLse = 64;
-
-template <typename Real>
-struct RowsSmem {
-    Chunks<Real, kBlockM, kBlockN> chunks;
-};
 
 // correction = ln sum e^(S - lse), over the keys of a row and its sink. lse: of the tile's rows, in `of_row`.
 template <typename Real>
 __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &seq, int64_t b, int64_t h, int64_t row0,
-                               int64_t row_end, const RowValues<Real> &of_row, RowsSmem<Real> &smem) {
+                               int64_t row_end, const RowValues<Real> &of_row, Chunks<Real, kBlockM, kBlockN> &chunks) {
     const int64_t h_kv = h / (args.heads_q / args.heads_kv);
     const fa_interval first = fa_visible_keys(&args, &seq, row0), last = fa_visible_keys(&args, &seq, row_end - 1);
     const Rows<Real> q(args.q, args.dtype, seq.batch_index, h, seq.row_q, args.head_dim);
@@ -25,7 +20,7 @@ __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &s
     Real sum[kTileRows] = {};
     for (int64_t n0 = first.lo / kBlockN * kBlockN; n0 < last.hi; n0 += kBlockN) {
         Real acc_s[kTileRows][kTileCols] = {};
-        multiply_chunks<false>(acc_s, smem.chunks, q, row0, row_end, k, n0, seq.len_k, lane);
+        multiply_chunks<false>(acc_s, chunks, q, row0, row_end, k, n0, seq.len_k, lane);
 #pragma unroll
         for (int i = 0; i < kTileRows; ++i) {
             const int64_t row = row0 + lane.row<kTileRows>(i), col0 = n0 + lane.x;
@@ -50,7 +45,7 @@ __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &s
 template <typename Real>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_rows(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
-    __shared__ RowsSmem<Real> smem;
+    __shared__ Chunks<Real, kBlockM, kBlockN> chunks;
     const fa_forward_args &forward = args.forward;
     const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, kBlockM));
     const int64_t b = place.b, h = place.head, row0 = place.part * kBlockM;
@@ -80,20 +75,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
             of_row.correction[row] = 0;
             of_row.delta[row] = sum;
         }
-        is_inexact |= sees_keys && fabs(lse) > kExactLse;
+        is_inexact |= sizeof(Real) == 4 && sees_keys && fabs(lse) > kExactLse;
     }
     if (__syncthreads_or(is_inexact)) // and the rows' lse are there
-        sum_rows_again(forward, seq, b, h, row0, row_end, of_row, smem);
+        sum_rows_again(forward, seq, b, h, row0, row_end, of_row, chunks);
 }
 
 template <typename Real>
 static fa_status launch(const fa_backward_args *args, const BackwardPlan &plan) {
     const fa_forward_args *forward = &args->forward;
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(fa_ceil_div(forward->seqlen_q, kBlockM) * forward->heads_q * forward->batch, &grid));
-    if (grid == 0) return FA_OK;
-    fused_backward_rows<Real><<<grid, kThreads, 0, fa_stream(forward)>>>(*args, plan);
-    return fa_launched("fused backward, delta");
+    const int64_t blocks = fa_ceil_div(forward->seqlen_q, kBlockM) * forward->heads_q * forward->batch;
+    return fa_launch("fused backward, delta", fused_backward_rows<Real>, blocks, kThreads, 0, fa_stream(forward), *args,
+                     plan);
 }
 
 fa_status fa_fused_backward_rows(const fa_backward_args *args, const BackwardPlan &plan) {

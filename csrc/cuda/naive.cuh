@@ -54,10 +54,8 @@ __device__ __forceinline__ int64_t index_step() { return static_cast<int64_t>(gr
 template <typename Problem>
 static fa_status launch(const char *what, void (*kernel)(Problem, int64_t), const Problem &problem, int64_t elements,
                         cudaStream_t stream) {
-    const unsigned grid = static_cast<unsigned>(fa_min(fa_ceil_div(elements, kNaiveThreads), INT32_MAX));
-    if (grid == 0) return FA_OK;
-    kernel<<<grid, kNaiveThreads, 0, stream>>>(problem, elements);
-    return fa_launched(what);
+    const int64_t blocks = fa_min(fa_ceil_div(elements, kNaiveThreads), INT32_MAX);
+    return fa_launch(what, kernel, blocks, kNaiveThreads, 0, stream, problem, elements);
 }
 
 struct QueryRow { // a row of one query head

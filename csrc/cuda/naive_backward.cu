@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kNaiveThreads)
         const Real d_p = dot<Real>(r, col, naive.backward.d_o, args.v, args.head_dim_v, args.dtype);
         const bool keeps = ScoreRule<Real>(args, r.seq, r.b, r.h).keeps(r.row, col);
         const Real delta = static_cast<Real>(naive.delta[row_index]);
-        naive.ds[i] = naive.p[i] * ((keeps ? kept_scale * d_p : 0) - delta);
+        const Real p = naive.p[i];
+        naive.ds[i] = p == 0 ? 0 : p * ((keeps ? kept_scale * d_p : 0) - delta); // d_o may be NaN where no key is seen
         if (!keeps) naive.p[i] = 0;
     }
 }
@@ -151,8 +152,8 @@ __global__ void __launch_bounds__(kNaiveThreads)
             for (int64_t row = 0; row < seq.len_q; ++row) {
                 if (!contains(fa_visible_keys(&args, &seq, row), col)) continue;
                 const int64_t at = fa_row_offset(&product.in, seq.batch_index, h, seq.row_q + row) + d;
-                sum += product.matrix[((b * args.heads_q + h) * args.seqlen_q + row) * args.seqlen_k + col] *
-                       load<Real>(product.in.data, args.dtype, at);
+                const Real w = product.matrix[((b * args.heads_q + h) * args.seqlen_q + row) * args.seqlen_k + col];
+                if (w != 0) sum += w * load<Real>(product.in.data, args.dtype, at);
             }
         const int64_t at = fa_row_offset(&product.out, seq.batch_index, h_kv, seq.row_k + col) + d;
         store(product.out.data, args.dtype, at, product.factor * sum);

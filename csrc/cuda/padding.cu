@@ -26,11 +26,8 @@ static fa_status fill(const fa_forward_args *args, bool keys, const fa_tensor &t
     if (!cu_seqlens && !seqlens) return FA_OK;
     Outside p = {t, dtype, args->batch, heads, keys ? args->seqlen_k : args->seqlen_q, width, seqlens, value};
     if (cu_seqlens) p.batches = 1, p.rows = keys ? args->total_k : args->total_q, p.first = cu_seqlens + args->batch;
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(p.batches * heads * kFillParts, &grid));
-    if (grid == 0 || p.rows == 0) return FA_OK;
-    fill_outside<<<grid, kFillThreads, 0, fa_stream(args)>>>(p);
-    return fa_launched("fill_outside");
+    if (p.rows == 0) return FA_OK;
+    return fa_launch("fill_outside", fill_outside, p.batches * heads * kFillParts, kFillThreads, 0, fa_stream(args), p);
 }
 
 fa_status fa_cuda_fill_padding(const fa_forward_args *args) {

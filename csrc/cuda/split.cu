@@ -265,21 +265,16 @@ static Split split_of(const fa_forward_args &args) {
 // One block for each tile of column_tiles x row_tiles of each head.
 static fa_status launch_product(const char *what, void (*kernel)(Split), Split split, int64_t columns) {
     split.column_tiles = fa_ceil_div(columns, kSplitTile);
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(split.column_tiles * split.row_tiles * split.args.heads_q * split.args.batch, &grid));
-    if (grid == 0) return FA_OK;
-    kernel<<<grid, kSplitThreads, 0, fa_stream(&split.args)>>>(split);
-    return fa_launched(what);
+    const int64_t blocks = split.column_tiles * split.row_tiles * split.args.heads_q * split.args.batch;
+    return fa_launch(what, kernel, blocks, kSplitThreads, 0, fa_stream(&split.args), split);
 }
 
 template <int kRowThreads>
 static fa_status launch_softmax(const Split &split) {
     const int64_t rows = split.args.batch * split.args.heads_q * split.args.seqlen_q;
-    unsigned grid = 0;
-    FA_CHECK(fa_grid(fa_ceil_div(rows, kSoftmaxThreads / kRowThreads), &grid));
-    if (grid == 0) return FA_OK;
-    split_softmax<kRowThreads><<<grid, kSoftmaxThreads, 0, fa_stream(&split.args)>>>(split, rows);
-    return fa_launched("split_softmax");
+    const int64_t blocks = fa_ceil_div(rows, kSoftmaxThreads / kRowThreads);
+    return fa_launch("split_softmax", split_softmax<kRowThreads>, blocks, kSoftmaxThreads, 0, fa_stream(&split.args),
+                     split, rows);
 }
 
 template <typename Element>

@@ -18,8 +18,8 @@
 #include "cuda/device.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
-// Bytes of shared memory: of an SM of Hopper, less what blocks reserve; of a block on any GPU from sm_80 on.
-constexpr size_t kHopper = 226 * 1024, kAnyGpu = 99 * 1024;
+constexpr size_t kHopperSharedBytes = 226 * 1024; // of an SM of Hopper, less what blocks reserve
+constexpr size_t kAnySharedBytes = 99 * 1024;     // of a block, on every GPU from sm_80 on
 
 enum { kThreads = 128, kWarps = 4, kBlocksPerSm = 2 }; // one block computes while the other waits for its copies
 
@@ -276,6 +276,27 @@ __device__ __forceinline__ void multiply_chunks(Real (&acc)[kRows][kCols], Chunk
         __syncthreads(); // the chunk is there
         multiply_nt<kBlocks, kUnroll>(acc, chunks.a, chunks.b, kChunk, lane);
     }
+}
+
+// ---- launch: T is a row of a tile table ---------------------------------------------------------------------------------
+
+// Slices of kDim columns of an output `width` wide, each made by blocks of its own.
+template <typename T>
+static __host__ __device__ __forceinline__ int64_t slices_of(int64_t width) {
+    return T::kWide ? fa_ceil_div(width, T::kDim) : 1;
+}
+
+// Whether the device has the shared memory that the tile takes; every device has that of a wide one.
+template <typename T, typename... Params>
+static bool tile_fits(void (*kernel)(Params...)) {
+    static_assert(sizeof(typename T::Smem) <= (T::kWide ? kAnySharedBytes : kHopperSharedBytes / kBlocksPerSm));
+    return fa_allow_shared(reinterpret_cast<const void *>(kernel), sizeof(typename T::Smem));
+}
+
+template <typename T, typename... Params>
+static fa_status launch_tile(const char *what, void (*kernel)(Params...), int64_t blocks, cudaStream_t stream,
+                             const std::common_type_t<Params> &...params) {
+    return fa_launch(what, kernel, blocks, kThreads, sizeof(typename T::Smem), stream, params...);
 }
 
 // ---- a row's lanes ----------------------------------------------------------------------------------------------------
