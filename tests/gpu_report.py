@@ -56,12 +56,6 @@ def _output(*command: str) -> str | None:
     return None
 
 
-def is_dirty(tree: dict[str, str]) -> bool | None:
-    """Whether the tested files differ from HEAD; None outside a checkout."""
-    head = {name: _output("git", "rev-parse", "--verify", "--quiet", f"HEAD:{name}") for name in tree}
-    return None if None in head.values() else head != tree
-
-
 def report(counts: dict[str, int], duration_s: float) -> dict[str, Any]:
     import torch  # not before conftest.py has set the environment
 
@@ -78,7 +72,6 @@ def report(counts: dict[str, int], duration_s: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "tree": tree,
-        "dirty": is_dirty(tree),
     }
 
 

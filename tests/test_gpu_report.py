@@ -12,7 +12,6 @@ from .gpu_report import FOLDERS, OUTCOMES, REPORT, ROOT
 def assert_complete(report: dict[str, object]) -> None:
     assert report.keys() == {
         *OUTCOMES, "duration_s", "device", "compute_capability", "driver", "cuda", "torch", "python", "date", "tree",
-        "dirty",
     }  # fmt: skip
     assert all(isinstance(report[name], int) and report[name] >= 0 for name in OUTCOMES)
     assert report["duration_s"] >= 0

@@ -49,7 +49,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (key0 >= seq.len_k) return;
     const int64_t key_end = fa_min(key0 + T::kBlockN, seq.len_k);
     const fa_interval rows = fa_seeing_rows(&forward, &seq, key0, key_end);
-    const int64_t first_block = rows.lo / kBlockM * kBlockM; // dropout counts from multiples of 16
     const auto rows_k = [&] { // made where they are used: they would take registers all along
         return Rows<Real>(forward.k, forward.dtype, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
     };
@@ -73,12 +72,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         load_tile(smem.d_o, d_o, m0, seq.len_q, slice_col,
                   blind_rows(plan, row_values<Real>(forward, seq, plan, b, h)));
     };
-    const int64_t h_end = rows.lo < rows.hi ? (h_kv + 1) * group : 0;
-    int64_t h = h_kv * group, m0 = first_block, next_h, next_m0; // query head by query head
+    // Last rows first: where causal, later rows weigh less, and a sum that begins with its small terms is rounded less.
+    const int64_t last_block = (rows.hi - 1) / kBlockM * kBlockM, h_end = rows.lo < rows.hi ? (h_kv + 1) * group : 0;
+    int64_t h = h_kv * group, m0 = last_block, next_h, next_m0; // query head by query head
     if (h < h_end) load_d_o(h, m0);
     for (; h < h_end; h = next_h, m0 = next_m0) {
-        const bool is_last = m0 + kBlockM >= rows.hi;
-        next_h = is_last ? h + 1 : h, next_m0 = is_last ? first_block : m0 + kBlockM;
+        const bool is_last = m0 <= rows.lo;
+        next_h = is_last ? h + 1 : h, next_m0 = is_last ? last_block : m0 - kBlockM;
         const ScoreRule<Real> rule(forward, seq, b, h);
         const RowValues<Real> of_row = row_values<Real>(forward, seq, plan, b, h);
         const Rows<Real> q(forward.q, forward.dtype, seq.batch_index, h, seq.row_q, forward.head_dim);
