@@ -1,6 +1,6 @@
 # Table of `make ptxas`, from the demangled logs of `ptxas -v`. Exit status 1: a hot kernel spills, or ptxas made its
-# wgmma wait for one another. Cold are the baseline, the padding, float64, and the tiles
-# of rows too wide for shared memory (head_dim above 128), which wait for their copies: the table shows their spills.
+# wgmma wait for one another. Cold is what nobody waits for: the baseline, the padding, float64; and, known to spill 92
+# bytes, one tile on sm_80: d_k and d_v of rows wider than 128.
 BEGIN { print "registers  static shared  stack  spills  arch    kernel (bytes)" }
 
 # "void name<arguments>(parameters)" -> "name<arguments>"
@@ -27,7 +27,8 @@ function number_before(words) { return match($0, "[0-9]+ " words) ? substr($0, R
     spills += number_before("bytes spill stores") + number_before("bytes spill loads")
 }
 /Used [0-9]+ registers/ {
-    hot = FILENAME !~ /\/(naive|naive_backward|padding)\.cu\.log$/ && kernel !~ /double|Tile<[^>]*, true>/
+    hot = FILENAME !~ /\/(naive|naive_backward|padding)\.cu\.log$/ && kernel !~ /double/ &&
+        !(arch == "sm_80" && kernel ~ /^fused_backward_kv<KeyTile<[^>]*, true>/)
     printf "%9d  %13d  %5d  %6d  %-6s  %s%s\n", number_before("registers"), number_before("bytes smem"), stack, spills,
         arch, kernel, spills && hot ? "   <- spills" : ""
     failed += spills && hot
