@@ -94,4 +94,16 @@ struct ScoreRule {
     }
 };
 
+// A row's sum or maximum over the kLanesX neighbours that share it.
+template <int kLanesX, typename Real>
+__device__ __forceinline__ Real row_sum_of(Real x) {
+    for (int step = 1; step < kLanesX; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+template <int kLanesX, typename Real>
+__device__ __forceinline__ Real row_max_of(Real x) {
+    for (int step = 1; step < kLanesX; step *= 2) x = max(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
 #endif

@@ -5,6 +5,26 @@ static void refuse_split(const fa_forward_args *args, const fa_backward_args *, 
     if (args->dtype == FA_FLOAT64) fa_add_reason(reasons, "takes float32, float16 and bfloat16, not float64");
 }
 
+// Whether rows are made of whole 16 bytes, aligned. width: elements; heads, batches: 1 where the stride is not used.
+static bool has_vectors(const fa_forward_args *args, const fa_tensor &t, int64_t width, int64_t heads) {
+    const int64_t batches = args->cu_seqlens_q ? 1 : args->batch;
+    const int64_t steps = t.stride_l | width | (heads > 1 ? t.stride_h : 0) | (batches > 1 ? t.stride_b : 0);
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && steps * fa_dtype_bytes(args->dtype) % 16 == 0;
+}
+
+static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_args *, fa_reasons *reasons) {
+    if (args->dtype != FA_FLOAT16 && args->dtype != FA_BFLOAT16)
+        fa_add_reason(reasons, "takes float16 and bfloat16, not %s", fa_dtype_name(args->dtype));
+    if (fa_max(args->head_dim, args->head_dim_v) > kMaxTensorCoreDim)
+        fa_add_reason(reasons, "takes head_dim up to %d, not %lld", kMaxTensorCoreDim,
+                      static_cast<long long>(fa_max(args->head_dim, args->head_dim_v)));
+    if (!has_vectors(args, args->q, args->head_dim, args->heads_q) ||
+        !has_vectors(args, args->k, args->head_dim, args->heads_kv) ||
+        !has_vectors(args, args->v, args->head_dim_v, args->heads_kv) ||
+        !has_vectors(args, args->o, args->head_dim_v, args->heads_q))
+        fa_add_reason(reasons, "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses)");
+}
+
 // Packed sequences are no longer than their tensor, whatever max_seqlen says: grids and workspaces follow the shorter.
 static fa_forward_args cut(const fa_forward_args *args) {
     fa_forward_args within = *args;
@@ -40,6 +60,7 @@ static fa_backward_args cut(const fa_backward_args *args) {
         FA_CHECK(fa_cuda_fill_gradient_padding(&within));                                                              \
         return fa_cuda_##NAME##_backward(&within);                                                                     \
     }
+CUDA_KERNEL(tensor_core)
 CUDA_KERNEL(fused)
 CUDA_KERNEL_BACKWARD(fused)
 CUDA_KERNEL(split)
@@ -47,6 +68,12 @@ CUDA_KERNEL(naive)
 CUDA_KERNEL_BACKWARD(naive)
 
 static const fa_kernel kRows[] = {
+    {{FA_TENSOR_CORE, FA_CUDA, "tensor_core"},
+     refuse_tensor_core,
+     tensor_core_forward_bytes,
+     tensor_core_forward,
+     nullptr,
+     nullptr}, // mma.sync
     {{FA_FUSED, FA_CUDA, "fused"},
      nullptr,
      fused_forward_bytes,

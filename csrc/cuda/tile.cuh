@@ -15,26 +15,13 @@
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
-#include "cuda/device.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/rows.cuh"
 
 constexpr size_t kHopperSharedBytes = 226 * 1024; // of an SM of Hopper, less what blocks reserve
 constexpr size_t kAnySharedBytes = 99 * 1024;     // of a block, on every GPU from sm_80 on
 
 enum { kThreads = 128, kWarps = 4, kBlocksPerSm = 2 }; // one block computes while the other waits for its copies
-
-template <typename Real>
-constexpr int kVec = 16 / sizeof(Real);
-
-template <typename Real>
-struct alignas(16) Vec {
-    Real x[kVec<Real>];
-};
-
-template <typename Real>
-__device__ __forceinline__ Vec<Real> vec_at(const Real *p) {
-    return *reinterpret_cast<const Vec<Real> *>(p);
-}
 
 template <int kY>
 struct Lanes {
@@ -144,58 +131,6 @@ __device__ __forceinline__ void multiply_nn(Real (&acc)[kRows][kCols], const Til
 
 // ---- between global memory and tiles --------------------------------------------------------------------------------
 
-// The two floats behind 32 bits of a 16-bit dtype.
-__device__ __forceinline__ float2 unpack(uint32_t bits, fa_dtype dtype) {
-    if (dtype == FA_FLOAT16) return __half22float2(reinterpret_cast<const __half2 &>(bits));
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
-}
-__device__ __forceinline__ uint32_t pack(float low, float high, fa_dtype dtype) {
-    if (dtype == FA_FLOAT16) {
-        const __half2 halves = __floats2half2_rn(low, high);
-        return reinterpret_cast<const uint32_t &>(halves);
-    }
-    const __nv_bfloat162 halves = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t &>(halves);
-}
-
-// Rows of one head of one sequence in global memory. `vectors`: rows are made of 16 bytes, aligned.
-template <typename Real>
-struct Rows {
-    char *data;
-    fa_dtype dtype;
-    int64_t stride;
-    int width;
-    bool vectors;
-
-    __device__ Rows(const fa_tensor &t, fa_dtype type, int64_t batch_index, int64_t head, int64_t row0, int64_t columns)
-        : data(static_cast<char *>(t.data) + fa_row_offset(&t, batch_index, head, row0) * fa_dtype_bytes(type)),
-          dtype(type), stride(t.stride_l), width(static_cast<int>(columns)),
-          vectors((reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * fa_dtype_bytes(type)) |
-                   static_cast<uintptr_t>(columns * fa_dtype_bytes(type))) %
-                      16 ==
-                  0) {}
-
-    __device__ __forceinline__ char *at(int64_t row, int col) const {
-        return data + (row * stride + col) * fa_dtype_bytes(dtype);
-    }
-
-    // Columns [col, col + kVec) of a row, cut at the width.
-    __device__ __forceinline__ void store_vec(int64_t row, int col, const Vec<Real> &v) const {
-        if (col >= width) return;
-        if (vectors && fa_dtype_bytes(dtype) == sizeof(Real)) {
-            *reinterpret_cast<Vec<Real> *>(at(row, col)) = v;
-        } else if (vectors && kVec<Real> == 4) {
-            *reinterpret_cast<uint2 *>(at(row, col)) =
-                make_uint2(pack(float(v.x[0]), float(v.x[1]), dtype),
-                           pack(float(v.x[kVec<Real> - 2]), float(v.x[kVec<Real> - 1]), dtype));
-        } else {
-#pragma unroll
-            for (int c = 0; c < kVec<Real>; ++c)
-                if (col + c < width) store(data, dtype, row * stride + col + c, v.x[c]);
-        }
-    }
-};
-
 // tile = rows [row0, row0 + kHeight) of src from column col0 on; 0 beyond row_end, beyond src's width, and in rows whose
 // `row_lse` is +inf (they have no gradient, whatever stands in d_o). A group of copies: cp_async_wait, then a barrier.
 template <typename Real, int kHeight, int kWidth>
@@ -213,7 +148,7 @@ __device__ __forceinline__ void load_tile(Tile<Real, kHeight, kWidth> &tile, con
         for (int n = 0; n < fa_ceil_div(kHeight, kStep); ++n, r += kStep) {
             if (kHeight % kStep != 0 && r >= kHeight) break;
             const bool valid = is_col && is_row(row0 + r);
-            cp_async_16(to + n * kStep * Tile<Real, kHeight, kWidth>::kStride, valid ? from : src.data, valid);
+            cp_async_16(to + n * kStep * Tile<Real, kHeight, kWidth>::kStride, valid ? from : src.data, valid ? 16 : 0);
             from += kStep * src.stride * static_cast<int>(sizeof(Real));
         }
     } else if (src.vectors && sizeof(Real) == 4) { // eight 16-bit elements make two vectors
@@ -297,20 +232,6 @@ template <typename T, typename... Params>
 static fa_status launch_tile(const char *what, void (*kernel)(Params...), int64_t blocks, cudaStream_t stream,
                              const std::common_type_t<Params> &...params) {
     return fa_launch(what, kernel, blocks, kThreads, sizeof(typename T::Smem), stream, params...);
-}
-
-// ---- a row's lanes ----------------------------------------------------------------------------------------------------
-
-// A row's sum or maximum over the kLanesX neighbours that share it.
-template <int kLanesX, typename Real>
-__device__ __forceinline__ Real row_sum_of(Real x) {
-    for (int step = 1; step < kLanesX; step *= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-template <int kLanesX, typename Real>
-__device__ __forceinline__ Real row_max_of(Real x) {
-    for (int step = 1; step < kLanesX; step *= 2) x = max(x, __shfl_xor_sync(~0u, x, step));
-    return x;
 }
 
 #endif

@@ -2,11 +2,11 @@
 #ifndef FA_PTX_CP_ASYNC_CUH
 #define FA_PTX_CP_ASYNC_CUH
 
-// 16 bytes, both addresses aligned to them; zeros, and nothing is read, unless `valid`.
-__device__ __forceinline__ void cp_async_16(void *shared, const void *global, bool valid) {
+// 16 bytes, both addresses aligned to them: the first `bytes`, 0 or 16, are read, the others become zeros.
+__device__ __forceinline__ void cp_async_16(void *shared, const void *global, int bytes) {
     asm volatile(
         "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-        "l"(global), "r"(valid ? 16 : 0)
+        "l"(global), "r"(bytes)
         : "memory");
 }
 

@@ -9,4 +9,11 @@ __device__ __forceinline__ float ex2_approx(float x) {
     return y;
 }
 
+// tanh x within 2^-11 of itself.
+__device__ __forceinline__ float tanh_approx(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #endif

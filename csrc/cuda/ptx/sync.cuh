@@ -1,0 +1,41 @@
+// Threads that wait for each other: a part of a block at a named barrier, blocks by a word in global memory
+// (PTX ISA, "barrier", "ld.acquire", "st.release", "red").
+#ifndef FA_PTX_SYNC_CUH
+#define FA_PTX_SYNC_CUH
+
+#include <cstdint>
+
+// Waits until `threads` threads (whole warps) have come to barrier `id`, 1 ... 15 (0 is that of __syncthreads).
+__device__ __forceinline__ void barrier_wait(int id, int threads) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Comes to the barrier without waiting there.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What other blocks wrote before they released the value is seen after it is read.
+__device__ __forceinline__ int load_acquire(const int *p) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_release(int *p, int x) {
+    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// p[0..3] += x in the L2 cache; nobody waits for it. p: aligned to 16 bytes.
+__device__ __forceinline__ void reduce_add_4(float *p, float x0, float x1, float x2, float x3) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x0), "f"(x1), "f"(x2),
+                 "f"(x3)
+                 : "memory");
+#else
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x0) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p + 1), "f"(x1) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p + 2), "f"(x2) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p + 3), "f"(x3) : "memory");
+#endif
+}
+
+#endif
