@@ -39,7 +39,7 @@ struct SwizzledTile {
     }
 };
 
-// A lane's own place in a tile, from which multiples of 8 rows and even columns lead on.
+// A lane's own place in a tile, from which multiples of 8 rows lead on, and columns whose bits the place's own has not.
 template <typename Tile>
 struct LanePlace {
     uint32_t address;

@@ -15,7 +15,7 @@
 //
 // Rows of more than 128 elements do not fit a warp's registers with the 32 rows that reading K and V from shared memory
 // needs to keep up with the tensor cores. There two warps share their rows (kColWarps = 2): each makes the scores of half of the keys,
-// they exchange P through shared memory, and each makes half of the columns of O.
+// they exchange P through shared memory, and each makes every other 16 columns of O.
 #include "cuda/mma_scores.cuh"
 #include "cuda/ptx/sync.cuh"
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_product(float (&acc_o)[T::kMTiles][kOTiles][
 #pragma unroll
         for (int d = 0; d < 8 * kOTiles; d += 16) {
             typename M::B values[2];
-            M::load_b_transposed(values, place_v, key + M::kDepth * part, d);
+            M::load_b_transposed(values, place_v, key + M::kDepth * part, T::kColWarps * d);
 #pragma unroll
             for (int i = 0; i < T::kMTiles; ++i) {
                 M::multiply(acc_o[i][d / 8], p[i][part], values[0]);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
     const auto place_q = M::place_a(smem.q, row_warp * T::kWarpRows);
     auto place_k = M::place_b(smem.k[0], col_warp * T::kWarpKeys);
-    auto place_v = M::place_b_transposed(smem.v[0], 0, col_warp * T::kWarpDim * sizeof(typename T::Element) / 16);
+    auto place_v = M::place_b_transposed(smem.v[0], 0, 2 * col_warp);
     typename M::A kept_q[T::kKeepsQ ? kMTiles : 1][T::kDim / M::kDepth];
 
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const float normalise = sum == 0 ? 0 : rescale * keep / sum; // a NaN stays one
 #pragma unroll
             for (int j = 0; j < kOTiles; ++j) {
-                const int column = col_warp * T::kWarpDim / 8 + j;
+                const int column = T::kColWarps * (j / 2 * 2) + 2 * col_warp + j % 2;
                 store_shared(shared_address(smem.q.at(r, column)) + lane % 4 * 4,
                              M::round_pair(acc_o[i][j][2 * half] * normalise, acc_o[i][j][2 * half + 1] * normalise));
             }
