@@ -20,6 +20,7 @@ FA_CUDA_FORWARD(naive);
 FA_CUDA_BACKWARD(naive);
 FA_CUDA_FORWARD(split);
 FA_CUDA_FORWARD(tensor_core);
+FA_CUDA_BACKWARD(tensor_core);
 FA_CUDA_FORWARD(fused);
 FA_CUDA_BACKWARD(fused);
 

@@ -36,6 +36,14 @@ __global__ void __launch_bounds__(kThreads)
         store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype, h * args.d_alibi_slopes.stride_h, 0.0);
 }
 
+fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan) {
+    if (!args->d_alibi_slopes.data && !args->d_sinks.data) return FA_OK;
+    const fa_forward_args *forward = &args->forward;
+    const auto kernel = forward->dtype == FA_FLOAT64 ? fused_backward_heads<double> : fused_backward_heads<float>;
+    return fa_launch("backward, the gradients of heads", kernel, forward->heads_q, kThreads, 0, fa_stream(forward), *args,
+                     plan);
+}
+
 // Whether a row may see no key, as far as the host can tell (finite scores do not overflow).
 static bool may_have_blind_rows(const fa_forward_args *args) {
     const bool lengths_known = !args->seqlens_q && !args->seqlens_k && !args->cu_seqlens_q;
@@ -45,42 +53,36 @@ static bool may_have_blind_rows(const fa_forward_args *args) {
            (by_position && !each_sees_itself);
 }
 
-// base NULL: only counts.
-static BackwardPlan plan_of(const fa_backward_args *args, void *base, size_t *bytes) {
+BackwardPlan fa_plan_backward(const fa_backward_args *args, fa_arena *arena) {
     const fa_forward_args *forward = &args->forward;
     const int64_t rows =
         forward->heads_q * (forward->cu_seqlens_q ? forward->total_q : forward->batch * forward->seqlen_q);
     const size_t row_bytes = static_cast<size_t>(rows * fa_dtype_bytes(fa_lse_dtype(forward)));
     const int64_t slopes = forward->batch * forward->heads_q * fa_ceil_div(forward->seqlen_q, kSlopeBlock);
-    fa_arena arena = {static_cast<char *>(base), 0};
     BackwardPlan plan = {};
-    plan.lse = fa_take(&arena, row_bytes);
-    plan.correction = fa_take(&arena, row_bytes);
-    plan.delta = fa_take(&arena, row_bytes);
+    plan.lse = fa_take(arena, row_bytes);
+    plan.correction = fa_take(arena, row_bytes);
+    plan.delta = fa_take(arena, row_bytes);
     if (args->d_alibi_slopes.data)
-        plan.slope_sums = static_cast<double *>(fa_take(&arena, sizeof(double) * static_cast<size_t>(slopes)));
+        plan.slope_sums = static_cast<double *>(fa_take(arena, sizeof(double) * static_cast<size_t>(slopes)));
     plan.has_blind_rows = may_have_blind_rows(forward);
-    fa_fused_plan_bias(args, &plan, &arena);
-    *bytes = arena.used_bytes;
+    fa_fused_plan_bias(args, &plan, arena);
     return plan;
 }
 
 size_t fa_cuda_fused_backward_bytes(const fa_backward_args *args) {
-    size_t bytes = 0;
-    plan_of(args, nullptr, &bytes);
-    return bytes;
+    fa_arena arena = {nullptr, 0};
+    fa_plan_backward(args, &arena);
+    return arena.used_bytes;
 }
 
 fa_status fa_cuda_fused_backward(const fa_backward_args *args) {
     const fa_forward_args *forward = &args->forward;
-    size_t bytes = 0;
-    const BackwardPlan plan = plan_of(args, forward->workspace, &bytes);
+    fa_arena arena = {static_cast<char *>(forward->workspace), 0};
+    const BackwardPlan plan = fa_plan_backward(args, &arena);
     FA_CHECK(fa_fused_backward_rows(args, plan));
     FA_CHECK(fa_fused_backward_kv(args, plan));
     FA_CHECK(fa_fused_backward_q(args, plan));
     if (args->d_bias.data) FA_CHECK(fa_fused_backward_bias(args, plan));
-    if (!args->d_alibi_slopes.data && !args->d_sinks.data) return FA_OK;
-    const auto kernel = forward->dtype == FA_FLOAT64 ? fused_backward_heads<double> : fused_backward_heads<float>;
-    return fa_launch("fused backward, the gradients of heads", kernel, forward->heads_q, kThreads, 0,
-                     fa_stream(forward), *args, plan);
+    return fa_backward_heads(args, plan);
 }

@@ -48,6 +48,9 @@ __device__ __forceinline__ const Real *blind_rows(const BackwardPlan &plan, cons
     return plan.has_blind_rows ? of_row.lse : nullptr;
 }
 
+// arena->base NULL: only counts.
+BackwardPlan fa_plan_backward(const fa_backward_args *args, fa_arena *arena);
+fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan);
 fa_status fa_fused_backward_rows(const fa_backward_args *args, const BackwardPlan &plan);
 fa_status fa_fused_backward_kv(const fa_backward_args *args, const BackwardPlan &plan);
 fa_status fa_fused_backward_q(const fa_backward_args *args, const BackwardPlan &plan);

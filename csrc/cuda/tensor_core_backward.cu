@@ -1,0 +1,468 @@
+// FlashAttention backward on tensor cores (mma.sync), sm_80 and newer.
+//
+//   P = e^(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P o (dP - delta),  dK = scale dS^T Q,  dQ = scale dS K
+//                                                                          Dao, FlashAttention-2 (2023), algorithm 2
+//
+// A block owns kBlockN keys of one key/value head and walks over the rows of its query heads that see them, kBlockM at a
+// time. Its warps come in pairs that share 32 keys: a value warp makes S^T, P^T and dV, a key warp dP^T, dS^T and dK, so
+// that 32 rows of either gradient fit a warp's registers, and each fragment of Q and dO that is read serves two
+// products. P^T goes to the key warp through shared memory; dS^T lies there for dQ, which all warps make together, a turn later:
+//
+//   value warp  | barrier, load the next Q, dO | S^T = K Q^T    | P^T -> pair | dV += P^T dO       | dQ' += dS K of the turn before
+//   key warp    |                              | dQ' += dS K of | dP^T = V dO^T | dS^T -> smem | dK += dS^T Q
+//                                                the turn before
+//
+// dQ' are float32 sums in memory. The blocks of keys add to a block of queries in the order of their keys, each warp
+// waiting for the same warp of the block before: the same bits on every run. They walk from the last rows to the first, one
+// turn behind each other, so that waiting costs as many turns at the start of a launch as a head has blocks, and nothing after.
+//
+// Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
+// queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
+#include "cuda/ptx/sync.cuh"
+#include "cuda/tensor_core_backward.cuh"
+
+template <typename Element_, int kDim_, int kKeyWarps_, int kHalves_, int kMTiles_, int kBlockM_, int kBlocksPerSm_>
+struct BackwardTile {
+    using Element = Element_;
+    static constexpr int kDim = kDim_, kKeyWarps = kKeyWarps_, kHalves = kHalves_, kMTiles = kMTiles_;
+    static constexpr int kBlockM = kBlockM_, kBlocksPerSm = kBlocksPerSm_;
+    static constexpr int kWarpKeys = 16 * kMTiles, kBlockN = kWarpKeys * kKeyWarps;
+    static constexpr int kWarps = 2 * kKeyWarps * kHalves, kThreads = 32 * kWarps;
+    static constexpr int kWarpQueries = kBlockM / kHalves, kWarpDim = kDim / kHalves;
+    // Of dQ a warp makes 16 kQueryTiles rows and every kColumnWarps-th 16 columns.
+    static constexpr int kQueryTiles = kDim / 16 % (kWarps * 32 / kBlockM) == 0 ? 2 : 1;
+    static constexpr int kQueryWarps = kBlockM / (16 * kQueryTiles), kColumnWarps = kWarps / kQueryWarps;
+    static constexpr int kColumnTiles = kDim / 16 / kColumnWarps; // of 16
+    static_assert(kColumnTiles * 16 * kColumnWarps == kDim && kQueryWarps * kColumnWarps == kWarps);
+    static constexpr int kPartners = 64 * kHalves; // threads that share keys
+    struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
+        uint4 x[kWarpQueries / 16][kMTiles][32];
+    };
+    struct Nothing {};
+    template <bool kModified>
+    struct Smem {
+        SwizzledTile<Element, kBlockN, kDim> k, v; // dK, dV at the end
+        SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
+        SwizzledTile<Element, kBlockN, kBlockM> ds[2]; // dS^T
+        Fragments p[kKeyWarps][kHalves];
+        std::conditional_t<kModified, Fragments, Nothing> cap[kKeyWarps][kHalves];
+        float lse[2][kBlockM], delta[2][kBlockM];
+    };
+};
+
+struct BackwardOrder { // of blocks: sections of heads, then keys, then heads
+    int section;
+};
+
+template <typename T, bool kModified>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    tensor_core_backward(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan,
+                         const __grid_constant__ QueryGradient dq, const __grid_constant__ BackwardOrder order) {
+    using Element = typename T::Element;
+    using M = Mma<Element>;
+    constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpQueries / 8, kOTiles = T::kWarpDim / 8;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    auto &smem = *reinterpret_cast<typename T::template Smem<kModified> *>(shared);
+
+    const fa_forward_args &forward = args.forward;
+    const int n_blocks = static_cast<int>(fa_ceil_div(forward.seqlen_k, T::kBlockN));
+    const int in_section = static_cast<int>(blockIdx.x) % (order.section * n_blocks);
+    const int section0 = static_cast<int>(blockIdx.x) / (order.section * n_blocks) * order.section;
+    const int section = min(order.section, static_cast<int>(forward.batch * forward.heads_kv) - section0);
+    const int bh = section0 + in_section % section, heads_kv = static_cast<int>(forward.heads_kv);
+    const int b = bh / heads_kv, h_kv = bh % heads_kv, group = static_cast<int>(forward.heads_q / forward.heads_kv);
+    const int n_block = in_section / section, key0 = n_block * T::kBlockN;
+    const fa_sequence seq = fa_sequence_at(&forward, b);
+    const int len_q = static_cast<int>(seq.len_q), len_k = static_cast<int>(seq.len_k);
+    if (key0 >= len_k) return;
+    const fa_interval rows = fa_seeing_rows(&forward, &seq, key0, min(key0 + T::kBlockN, len_k));
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const bool makes_dv = warp < T::kWarps / 2; // a value warp
+    const int key_warp = warp % T::kKeyWarps, half = warp / T::kKeyWarps % T::kHalves;
+    const float scale = static_cast<float>(forward.softmax_scale);
+    const float unit = 1.44269504f * (kModified ? 1.0f : scale);
+    const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
+
+    const auto head_of = [&](const fa_tensor &t, int64_t head, int64_t row) {
+        return static_cast<const char *>(t.data) + fa_row_offset(&t, seq.batch_index, head, row) * sizeof(Element);
+    };
+    using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
+    using QueryCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.q[0])>>;
+    const auto load_queries = [&](int stage, int h, int m0) {
+        const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
+        QueryCopy(head_of(forward.q, h, seq.row_q), forward.q.stride_l, forward.head_dim, m0, len_q).all(smem.q[stage]);
+        QueryCopy(head_of(args.d_o, h, seq.row_q), args.d_o.stride_l, forward.head_dim_v, m0, len_q)
+            .all(smem.d_o[stage], plan.has_blind_rows ? of_row.lse + m0 : nullptr);
+        for (int i = threadIdx.x; i < T::kBlockM; i += T::kThreads) { // zeros beyond the end, as in Q and dO
+            cp_async_4(&smem.lse[stage][i], of_row.lse + m0 + i, m0 + i < len_q);
+            cp_async_4(&smem.delta[stage][i], of_row.delta + m0 + i, m0 + i < len_q);
+        }
+        cp_async_commit();
+    };
+
+    // dQ' of head h, rows m0 ..., += dS K, after the keys before these.
+    const auto add_to_dq = [&](int stage, int h, int m0) {
+        const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
+        const auto place_ds = M::place_a_transposed(smem.ds[stage], 0, query_warp * 2 * T::kQueryTiles * M::kColumnsIn16 / 2);
+        const auto place_k = M::place_b_transposed(smem.k, 0, column_warp * M::kColumnsIn16);
+        float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
+#pragma unroll
+        for (int key = 0; key < T::kBlockN; key += M::kDepth) {
+            typename M::A a[T::kQueryTiles];
+#pragma unroll
+            for (int i = 0; i < T::kQueryTiles; ++i) M::load_a_transposed(a[i], place_ds, 16 * i, key);
+#pragma unroll
+            for (int j = 0; j < T::kColumnTiles; ++j) {
+                typename M::B k[2];
+                M::load_b_transposed(k, place_k, key, 16 * T::kColumnWarps * j);
+#pragma unroll
+                for (int i = 0; i < T::kQueryTiles; ++i) {
+                    M::multiply(acc[i][2 * j], a[i], k[0]);
+                    M::multiply(acc[i][2 * j + 1], a[i], k[1]);
+                }
+            }
+        }
+        const int64_t block = h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) + m0 / T::kBlockM;
+        float *sums = dq.sums + block * T::kBlockM * T::kDim +
+                      (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
+        int32_t *turns = dq.turns + block * T::kWarps + warp;
+        const int before = n_block - static_cast<int>(fa_visible_keys(&forward, &seq, m0).lo) / T::kBlockN;
+        if (before > 0) {
+            if (lane == 0)
+                while (load_acquire(turns) != before) {}
+            __syncwarp(); // the blocks before have added theirs
+        }
+#pragma unroll
+        for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
+                float *at = sums + (i * 2 * T::kColumnTiles + j) * 32 * 4;
+                const float(&x)[4] = acc[i][j];
+                if (before > 0)
+                    reduce_add_4(at, x[0], x[1], x[2], x[3]);
+                else
+                    *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
+            }
+        __syncwarp(); // the warp has added its own
+        if (lane == 0) store_release(turns, before + 1);
+    };
+
+    float acc[kMTiles][kOTiles][4] = {}; // dV of a value warp, dK of a key warp
+
+    KeyCopy(head_of(forward.k, h_kv, seq.row_k), forward.k.stride_l, forward.head_dim, key0, len_k).all(smem.k);
+    KeyCopy(head_of(forward.v, h_kv, seq.row_k), forward.v.stride_l, forward.head_dim_v, key0, len_k).all(smem.v);
+    cp_async_commit();
+
+    // Last rows first, query head by query head.
+    const int row_lo = static_cast<int>(rows.lo), last_block = static_cast<int>((rows.hi - 1) / T::kBlockM) * T::kBlockM;
+    const int h_end = rows.lo < rows.hi ? (h_kv + 1) * group : 0;
+    int h = h_kv * group, m0 = last_block, next_h, next_m0, done_h = -1, done_m0 = 0, stage = 0;
+    if (h < h_end) load_queries(0, h, m0);
+    for (; h < h_end; done_h = h, done_m0 = m0, h = next_h, m0 = next_m0, stage ^= 1) {
+        const bool is_last = m0 <= row_lo;
+        next_h = is_last ? h + 1 : h, next_m0 = is_last ? last_block : m0 - T::kBlockM;
+        cp_async_wait<0>();
+        __syncthreads(); // Q and dO are there; those of the turn before were read, and its dS is there
+        if (next_h < h_end) load_queries(stage ^ 1, next_h, next_m0);
+        if (!makes_dv && done_h >= 0) add_to_dq(stage ^ 1, done_h, done_m0);
+
+        // S^T, or dP^T, of the warp's keys and the pair's queries.
+        float acc_s[kMTiles][kNTiles][4] = {};
+        {
+            const auto place_a = M::place_a(makes_dv ? smem.k : smem.v, key_warp * T::kWarpKeys);
+            const auto place_b = M::place_b(makes_dv ? smem.q[stage] : smem.d_o[stage], half * T::kWarpQueries);
+#pragma unroll
+            for (int d = 0; d < T::kDim; d += M::kDepth) {
+                typename M::A a[kMTiles];
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) M::load_a(a[i], place_a, 16 * i, d);
+#pragma unroll
+                for (int n = 0; n < T::kWarpQueries; n += 16) {
+                    typename M::B queries[2];
+                    M::load_b(queries, place_b, d, n);
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        M::multiply(acc_s[i][n / 8], a[i], queries[0]);
+                        M::multiply(acc_s[i][n / 8 + 1], a[i], queries[1]);
+                    }
+                }
+            }
+        }
+
+        const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
+        auto &p_fragments = smem.p[key_warp][half];
+        const int barrier = 1 + key_warp;
+        if (makes_dv) {
+            const int thread_query = m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
+            const int last_row = min(m0 + T::kBlockM, len_q) - 1;
+            const bool whole = m0 + T::kBlockM <= len_q && fa_visible_keys(&forward, &seq, last_row).lo <= key0 &&
+                               key0 + T::kBlockN <= fa_visible_keys(&forward, &seq, m0).hi;
+            if constexpr (kModified) {
+                const ScoreRule<float> rule(forward, seq, b, h);
+                modify_scores<Element, true>(acc_s, forward, seq, rule, thread_query, thread_key,
+                                             [](int, int, int, float) {});
+            }
+            if (!whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
+            typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+#pragma unroll
+            for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+#pragma unroll
+                for (int j = 2 * n; j < 2 * n + 2; ++j) {
+                    const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
+                    const float shift[2] = {lse.x * 1.44269504f, lse.y * 1.44269504f};
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int entry = 0; entry < 4; ++entry)
+                            acc_s[i][j][entry] = ex2_approx(fmaf(acc_s[i][j][entry], unit, -shift[entry % 2]));
+                }
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) {
+                    M::from_scores(p[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    p_fragments.x[n][i][lane] = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
+                }
+            }
+            if (T::kHalves == 1)
+                barrier_arrive(barrier, T::kPartners); // P^T is there
+            else
+                barrier_wait(barrier, T::kPartners); // P^T of both pairs is there
+            const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
+            if constexpr (T::kHalves == 1) {
+#pragma unroll
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+#pragma unroll
+                    for (int d = 0; d < T::kWarpDim; d += 16) {
+                        typename M::B d_o[2];
+                        M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            M::multiply(acc[i][d / 8], p[i][n][0], d_o[0]);
+                            M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[1]);
+                        }
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+                        *reinterpret_cast<uint4 *>(&a[i]) =
+                            smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][lane];
+#pragma unroll
+                    for (int d = 0; d < T::kWarpDim; d += 16) {
+                        typename M::B d_o[2];
+                        M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            M::multiply(acc[i][d / 8], a[i], d_o[0]);
+                            M::multiply(acc[i][d / 8 + 1], a[i], d_o[1]);
+                        }
+                    }
+                }
+            }
+            if (done_h >= 0) add_to_dq(stage ^ 1, done_h, done_m0);
+        } else {
+            barrier_wait(barrier, T::kPartners); // P^T is there
+            typename M::A ds[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+#pragma unroll
+            for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                const float2 left = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n]);
+                const float2 right = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8]);
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) {
+                    const uint4 p = p_fragments.x[n][i][lane];
+                    const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+#pragma unroll
+                    for (int word = 0; word < 4; ++word) { // a row of a tile of 8 columns
+                        const float2 pair = unpack(words[word], kDtype<Element>), delta = word < 2 ? left : right;
+                        float(&dp)[4] = acc_s[i][2 * n + word / 2];
+                        dp[word % 2 * 2] = pair.x * (dp[word % 2 * 2] - delta.x);
+                        dp[word % 2 * 2 + 1] = pair.y * (dp[word % 2 * 2 + 1] - delta.y);
+                    }
+                    M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+#pragma unroll
+                    for (int word = 0; word < 4; ++word) {
+                        auto *at = smem.ds[stage].at(key_warp * T::kWarpKeys + 16 * i + word % 2 * 8 + lane / 4,
+                                                     half * T::kWarpQueries / 8 + 2 * n + word / 2);
+                        store_shared(shared_address(at) + lane % 4 * 4, ds[i][n][0].x[word]);
+                    }
+                }
+            }
+            const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
+            const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
+            if (T::kHalves == 2) barrier_wait(1 + T::kKeyWarps + key_warp, 64); // dS^T of both pairs is there
+#pragma unroll
+            for (int n = 0; n < T::kBlockM / 16; ++n) {
+                typename M::A a[kMTiles];
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) {
+                    if constexpr (T::kHalves == 1)
+                        a[i] = ds[i][n][0];
+                    else
+                        M::load_a(a[i], place_ds, 16 * i, 16 * n);
+                }
+#pragma unroll
+                for (int d = 0; d < T::kWarpDim; d += 16) {
+                    typename M::B q[2];
+                    M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        M::multiply(acc[i][d / 8], a[i], q[0]);
+                        M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
+                    }
+                }
+            }
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads(); // dS of the last turn is there, V was read
+    if (done_h >= 0) add_to_dq(stage ^ 1, done_h, done_m0);
+    __syncthreads(); // K was read: dK and dV take the places of K and V
+
+    auto &out = makes_dv ? smem.v : smem.k;
+    const float factor = makes_dv ? keep : scale;
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kOTiles; ++j)
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+                auto *at = out.at(key_warp * T::kWarpKeys + 16 * i + 8 * upper + lane / 4,
+                                  T::kHalves * (j / 2 * 2) + 2 * half + j % 2);
+                store_shared(shared_address(at) + lane % 4 * 4,
+                             M::round_pair(acc[i][j][2 * upper] * factor, acc[i][j][2 * upper + 1] * factor));
+            }
+    __syncthreads(); // they are there
+    const Rows<float> d_k(args.d_k, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
+    const Rows<float> d_v(args.d_v, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim_v);
+    constexpr int kColumns = T::kDim / 8;
+    for (int index = threadIdx.x; index < T::kBlockN * kColumns; index += T::kThreads) {
+        const int r = index / kColumns, column = index % kColumns;
+        if (key0 + r >= len_k) break;
+        if (column * 8 < forward.head_dim)
+            *reinterpret_cast<uint4 *>(d_k.at(key0 + r, column * 8)) = *reinterpret_cast<const uint4 *>(smem.k.at(r, column));
+        if (column * 8 < forward.head_dim_v)
+            *reinterpret_cast<uint4 *>(d_v.at(key0 + r, column * 8)) = *reinterpret_cast<const uint4 *>(smem.v.at(r, column));
+    }
+}
+
+// dQ = scale dQ', a block of queries each; 0 where no key was visible.
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads)
+    tensor_core_round_dq(const __grid_constant__ fa_backward_args args, const __grid_constant__ QueryGradient dq) {
+    using Element = typename T::Element;
+    using M = Mma<Element>;
+    __shared__ SwizzledTile<Element, T::kBlockM, T::kDim> tile;
+    const fa_forward_args &forward = args.forward;
+    const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, T::kBlockM));
+    const fa_sequence seq = fa_sequence_at(&forward, place.b);
+    const int64_t m0 = place.part * T::kBlockM;
+    if (m0 >= seq.len_q) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
+    const int64_t block = place.head * dq.blocks + first_query_block<T::kBlockM>(forward, seq, place.b) + place.part;
+    const float scale = static_cast<float>(forward.softmax_scale);
+    const bool has_keys = dq.turns[block * T::kWarps + warp] > 0;
+    const float4 *sums = reinterpret_cast<const float4 *>(dq.sums + block * T::kBlockM * T::kDim) +
+                         warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
+            const float4 x = has_keys ? sums[(i * 2 * T::kColumnTiles + j) * 32] : make_float4(0, 0, 0, 0);
+            const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
+            const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
+            store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4, M::round_pair(x.x * scale, x.y * scale));
+            store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4, M::round_pair(x.z * scale, x.w * scale));
+        }
+    __syncthreads(); // all of the block is there
+    const Rows<float> d_q(args.d_q, kDtype<Element>, seq.batch_index, place.head, seq.row_q, forward.head_dim);
+    constexpr int kColumns = T::kDim / 8;
+    for (int index = threadIdx.x; index < T::kBlockM * kColumns; index += T::kThreads) {
+        const int r = index / kColumns, column = index % kColumns;
+        if (m0 + r < seq.len_q && column * 8 < forward.head_dim)
+            *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) = *reinterpret_cast<const uint4 *>(tile.at(r, column));
+    }
+}
+
+// base NULL: only counts.
+template <typename T>
+static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradient *dq, size_t *bytes) {
+    const fa_forward_args *forward = &args->forward;
+    fa_arena arena = {static_cast<char *>(base), 0};
+    const BackwardPlan plan = fa_plan_backward(args, &arena);
+    dq->blocks = query_blocks<T::kBlockM>(*forward);
+    const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
+    dq->sums = static_cast<float *>(fa_take(&arena, blocks * T::kBlockM * T::kDim * sizeof(float)));
+    dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * T::kWarps * sizeof(int32_t)));
+    *bytes = arena.used_bytes;
+    return plan;
+}
+
+template <typename T, bool kModified>
+static fa_status launch(const fa_backward_args *args) {
+    const fa_forward_args *forward = &args->forward;
+    const cudaStream_t stream = fa_stream(forward);
+    QueryGradient dq;
+    size_t bytes;
+    const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
+    FA_CHECK(fa_fused_backward_rows(args, plan));
+    const size_t turns = static_cast<size_t>(forward->heads_q * dq.blocks * T::kWarps);
+    FA_REQUIRE(cudaMemsetAsync(dq.turns, 0, turns * sizeof(int32_t), stream) == cudaSuccess, FA_ERROR_DEVICE,
+               "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    const int64_t heads = forward->heads_kv * forward->batch;
+    const bool unequal = forward->causal || forward->window_left >= 0 || forward->window_right >= 0;
+    const BackwardOrder order = {unequal ? static_cast<int>(fa_min(2, fa_max(heads, 1))) : 1};
+    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>,
+                       fa_ceil_div(forward->seqlen_k, T::kBlockN) * heads, T::kThreads,
+                       sizeof(typename T::template Smem<kModified>), stream, *args, plan, dq, order));
+    FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
+                       fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,
+                       stream, *args, dq));
+    if (args->d_bias.data) FA_CHECK(fa_fused_backward_bias(args, plan));
+    return fa_backward_heads(args, plan);
+}
+
+// Launches a tile that holds the rows and that the device has the shared memory for, or tells its workspace; false: neither.
+template <typename T, bool kModified>
+static bool try_tile(const fa_backward_args *args, fa_status *status, size_t *bytes) {
+    if (fa_max(args->forward.head_dim, args->forward.head_dim_v) > T::kDim) return false;
+    const void *kernel = reinterpret_cast<const void *>(tensor_core_backward<T, kModified>);
+    if (!fa_allow_shared(kernel, sizeof(typename T::template Smem<kModified>))) return false;
+    QueryGradient dq;
+    if (bytes)
+        plan_of<T>(args, nullptr, &dq, bytes);
+    else
+        *status = launch<T, kModified>(args);
+    return true;
+}
+
+template <typename Element, bool kModified>
+static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {
+    fa_status status = FA_OK;
+    // clang-format off
+    //                            dim, key warps, halves, m tiles, queries, blocks an SM
+    if (try_tile<BackwardTile<Element,  64, 4, 1, 2, 64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element, 128, 4, 1, 2, 64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element, 256, 2, 2, 2, 64, 1>, kModified>(args, &status, bytes))
+        return status;
+    // clang-format on
+    return fa_fail(FA_ERROR_DEVICE, "tensor core backward: no tile fits the device's shared memory");
+}
+
+static fa_status by_dtype(const fa_backward_args *args, size_t *bytes) {
+    const bool modified = fa_has_modified_scores(&args->forward);
+    if (args->forward.dtype == FA_FLOAT16)
+        return modified ? by_head_dim<__half, true>(args, bytes) : by_head_dim<__half, false>(args, bytes);
+    return modified ? by_head_dim<__nv_bfloat16, true>(args, bytes) : by_head_dim<__nv_bfloat16, false>(args, bytes);
+}
+
+size_t fa_cuda_tensor_core_backward_bytes(const fa_backward_args *args) {
+    size_t bytes = 0;
+    by_dtype(args, &bytes);
+    return bytes;
+}
+
+fa_status fa_cuda_tensor_core_backward(const fa_backward_args *args) { return by_dtype(args, nullptr); }
