@@ -6,11 +6,11 @@
 #include "cuda/mma_scores.cuh"
 
 // dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. A
-// block's key blocks add to it one after the other, from the first key on: turns counts those that have, for each warp of
-// theirs on its own. No zeros are written first: the first one stores.
+// block's key blocks add to it one after the other, from the first key on: turns counts those that have. No zeros are written
+// first: the first one stores.
 struct QueryGradient {
     float *sums;    // [heads_q][blocks][kBlockM kDim]
-    int32_t *turns; // [heads_q][blocks][warps]
+    int32_t *turns; // [heads_q][blocks]
     int64_t blocks; // of a head: those of all sequences
 };
 
