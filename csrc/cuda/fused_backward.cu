@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads)
         const fa_sequence seq = fa_sequence_at(&forward, b);
         const RowValues<Real> of_row = row_values<Real>(forward, seq, plan, b, h);
         for (int64_t row = threadIdx.x; args.d_sinks.data && row < seq.len_q; row += kThreads)
-            d_sink -= static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction[row])) *
+            d_sink -= static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction_at(row))) *
                       static_cast<double>(of_row.delta[row]);
         for (int64_t m = threadIdx.x; wants_slopes && m < m_blocks; m += kThreads)
             d_slope -= plan.slope_sums[(b * forward.heads_q + h) * m_blocks + m];
@@ -36,31 +36,16 @@ __global__ void __launch_bounds__(kThreads)
         store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype, h * args.d_alibi_slopes.stride_h, 0.0);
 }
 
-// Whether a row may see no key, as far as the host can tell (finite scores do not overflow).
-static bool may_have_blind_rows(const fa_forward_args *args) {
-    const bool lengths_known = !args->seqlens_q && !args->seqlens_k && !args->cu_seqlens_q;
-    const bool by_position = args->causal || args->window_left >= 0 || args->window_right >= 0;
-    const bool each_sees_itself = args->seqlen_q <= args->seqlen_k; // a window reaches the row's own position
-    return args->bias.data || args->alibi_slopes.data || !lengths_known || args->seqlen_k == 0 ||
-           (by_position && !each_sees_itself);
-}
-
 // base NULL: only counts.
 static BackwardPlan plan_of(const fa_backward_args *args, void *base, size_t *bytes) {
     const fa_forward_args *forward = &args->forward;
-    const int64_t rows =
-        forward->heads_q * (forward->cu_seqlens_q ? forward->total_q : forward->batch * forward->seqlen_q);
-    const size_t row_bytes = static_cast<size_t>(rows * fa_dtype_bytes(fa_lse_dtype(forward)));
     const int64_t slopes = forward->batch * forward->heads_q * fa_ceil_div(forward->seqlen_q, kSlopeBlock);
     fa_arena arena = {static_cast<char *>(base), 0};
     BackwardPlan plan = {};
-    plan.lse = fa_take(&arena, row_bytes);
-    plan.correction = fa_take(&arena, row_bytes);
-    plan.delta = fa_take(&arena, row_bytes);
+    fa_plan_backward_rows(args, &plan, &arena);
     if (args->d_alibi_slopes.data)
         plan.slope_sums = static_cast<double *>(fa_take(&arena, sizeof(double) * static_cast<size_t>(slopes)));
-    plan.has_blind_rows = may_have_blind_rows(forward);
-    fa_fused_plan_bias(args, &plan, &arena);
+    fa_plan_backward_bias(args, &plan, &arena);
     *bytes = arena.used_bytes;
     return plan;
 }
@@ -75,7 +60,7 @@ fa_status fa_cuda_fused_backward(const fa_backward_args *args) {
     const fa_forward_args *forward = &args->forward;
     size_t bytes = 0;
     const BackwardPlan plan = plan_of(args, forward->workspace, &bytes);
-    FA_CHECK(fa_fused_backward_rows(args, plan));
+    FA_CHECK(fa_backward_rows(args, plan));
     FA_CHECK(fa_fused_backward_kv(args, plan));
     FA_CHECK(fa_fused_backward_q(args, plan));
     if (args->d_bias.data) FA_CHECK(fa_fused_backward_bias(args, plan));
