@@ -10,6 +10,12 @@
 #include "cuda/ptx/math.cuh"
 #include "philox.h"
 
+template <typename Element>
+constexpr fa_dtype kDtype = sizeof(Element) == 8              ? FA_FLOAT64
+                            : sizeof(Element) == 4            ? FA_FLOAT32
+                            : std::is_same_v<Element, __half> ? FA_FLOAT16
+                                                              : FA_BFLOAT16;
+
 template <typename Real>
 __device__ __forceinline__ Real load(const void *base, fa_dtype dtype, int64_t index) {
     switch (dtype) {

@@ -18,6 +18,7 @@
 //
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
+#include "cuda/fused_backward.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/tensor_core_backward.cuh"
 
@@ -440,11 +441,15 @@ template <typename T>
 static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradient *dq, size_t *bytes) {
     const fa_forward_args *forward = &args->forward;
     fa_arena arena = {static_cast<char *>(base), 0};
-    const BackwardPlan plan = fa_plan_backward(args, &arena);
+    BackwardPlan plan = {};
+    fa_plan_backward_rows(args, &plan, &arena);
+    fa_plan_backward_heads(args, fa_ceil_div(forward->seqlen_k, T::kBlockN), &plan, &arena);
+    fa_plan_backward_bias(args, &plan, &arena);
     dq->blocks = query_blocks<T::kBlockM>(*forward);
     const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
     dq->sums = static_cast<float *>(fa_take(&arena, blocks * T::kBlockM * T::kDim * sizeof(float)));
     dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * sizeof(int32_t)));
+    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks);
     *bytes = arena.used_bytes;
     return plan;
 }
@@ -456,10 +461,7 @@ static fa_status launch(const fa_backward_args *args) {
     QueryGradient dq;
     size_t bytes;
     const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
-    FA_CHECK(fa_fused_backward_rows(args, plan));
-    const size_t turns = static_cast<size_t>(forward->heads_q * dq.blocks);
-    FA_REQUIRE(cudaMemsetAsync(dq.turns, 0, turns * sizeof(int32_t), stream) == cudaSuccess, FA_ERROR_DEVICE,
-               "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    FA_CHECK(fa_backward_rows(args, plan));
     const int64_t heads = forward->heads_kv * forward->batch;
     int device = 0, sms = 1;
     cudaGetDevice(&device);

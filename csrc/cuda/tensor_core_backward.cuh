@@ -1,8 +1,8 @@
-// What the kernels of the backward on tensor cores share beside fused_backward.cuh: the float32 sums that become dQ.
+// What the kernels of the backward on tensor cores share beside backward.cuh: the float32 sums that become dQ.
 #ifndef FA_TENSOR_CORE_BACKWARD_CUH
 #define FA_TENSOR_CORE_BACKWARD_CUH
 
-#include "cuda/fused_backward.cuh"
+#include "cuda/backward.cuh"
 #include "cuda/mma_scores.cuh"
 
 // dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. A
