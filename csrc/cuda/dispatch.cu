@@ -18,6 +18,9 @@ static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_ar
     if (fa_max(args->head_dim, args->head_dim_v) > kMaxTensorCoreDim)
         fa_add_reason(reasons, "takes head_dim up to %d, not %lld", kMaxTensorCoreDim,
                       static_cast<long long>(fa_max(args->head_dim, args->head_dim_v)));
+    if (fa_max(args->seqlen_q, args->seqlen_k) > kMaxTensorCoreLength)
+        fa_add_reason(reasons, "takes sequences of up to %d rows, not %lld", kMaxTensorCoreLength,
+                      static_cast<long long>(fa_max(args->seqlen_q, args->seqlen_k)));
     bool vectors = has_vectors(args, args->q, args->head_dim, args->heads_q) &&
                    has_vectors(args, args->k, args->head_dim, args->heads_kv) &&
                    has_vectors(args, args->v, args->head_dim_v, args->heads_kv) &&

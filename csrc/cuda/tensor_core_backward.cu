@@ -116,9 +116,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         next.q = head_of(forward.q, h, seq.row_q + m0);
         next.d_o = head_of(args.d_o, h, seq.row_q + m0);
         next.lse = of_row.lse + m0, next.delta = of_row.delta + m0;
-        next.sums = dq.sums + block * T::kBlockM * T::kDim;
-        next.added = dq.turns + block;
-        next.h = h, next.m0 = m0, next.before = n_block - static_cast<int>(first.lo) / T::kBlockN;
+        const int nth = n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
+        next.sums = dq.sums + (block * dq.chains + nth % dq.chains) * T::kBlockM * T::kDim;
+        next.added = dq.turns + block * dq.chains + nth % dq.chains;
+        next.h = h, next.m0 = m0, next.before = nth / dq.chains;
         next.is_whole = m0 + T::kBlockM <= len_q && last.lo <= key0 && key0 + T::kBlockN <= first.hi;
     };
     using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
@@ -216,24 +217,29 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         {
             const auto place_a = M::place_a(makes_dv ? smem.k : smem.v, key_warp * T::kWarpKeys);
             const auto place_b = M::place_b(makes_dv ? smem.q[stage] : smem.d_o[stage], half * T::kWarpQueries);
+            // Operands are loaded a step ahead: 16 queries of a part of the depth are a step.
+            constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
+            typename M::A a[2][kMTiles];
+            typename M::B queries[2][2];
+            const auto load_step = [&](int step) {
+                const int d = step / kQuerySteps * M::kDepth;
+                if (step % kQuerySteps == 0)
 #pragma unroll
-            for (int d = 0; d < T::kDim; d += M::kDepth) {
-                typename M::A a[kMTiles];
+                    for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
+            };
+            load_step(0);
 #pragma unroll
-                for (int i = 0; i < kMTiles; ++i) M::load_a(a[i], place_a, 16 * i, d);
+            for (int step = 0; step < kSteps; ++step) {
+                if (step + 1 < kSteps) load_step(step + 1);
 #pragma unroll
-                for (int n = 0; n < T::kWarpQueries; n += 16) {
-                    typename M::B queries[2];
-                    M::load_b(queries, place_b, d, n);
+                for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) {
-                        M::multiply(acc_s[i][n / 8], a[i], queries[0]);
-                        M::multiply(acc_s[i][n / 8 + 1], a[i], queries[1]);
-                    }
-                }
+                    for (int j = 0; j < 2; ++j)
+                        M::multiply(acc_s[i][step % kQuerySteps * 2 + j], a[step / kQuerySteps % 2][i], queries[step % 2][j]);
 #pragma unroll
                 for (int n = 0; n < QueryCopy::kCopies; ++n)
-                    if (n * T::kDim / QueryCopy::kCopies / M::kDepth == d / M::kDepth) next_q.part(smem.q[stage ^ 1], n);
+                    if (n * kSteps / QueryCopy::kCopies == step) next_q.part(smem.q[stage ^ 1], n);
             }
         }
         copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
@@ -268,10 +274,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     p_fragments.x[n][i][lane] = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
                 }
             }
-            if (T::kHalves == 1)
-                barrier_arrive(barrier, T::kPartners); // P^T is there
-            else
-                barrier_wait(barrier, T::kPartners); // P^T of both pairs is there
+            barrier_arrive(barrier, T::kPartners); // P^T is there
+            if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
             const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
             if constexpr (T::kHalves == 1) {
 #pragma unroll
@@ -413,14 +417,23 @@ __global__ void __launch_bounds__(T::kThreads)
     const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
     const int64_t block = place.head * dq.blocks + first_query_block<T::kBlockM>(forward, seq, place.b) + place.part;
     const float scale = static_cast<float>(forward.softmax_scale);
-    const bool has_keys = dq.turns[block] > 0;
-    const float4 *sums = reinterpret_cast<const float4 *>(dq.sums + block * T::kBlockM * T::kDim) +
+    const float4 *sums = reinterpret_cast<const float4 *>(dq.sums + block * dq.chains * T::kBlockM * T::kDim) +
                          warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane;
+    bool is_there[kMostChains];
+#pragma unroll
+    for (int chain = 0; chain < kMostChains; ++chain)
+        is_there[chain] = chain < dq.chains && dq.turns[block * dq.chains + chain] > 0;
 #pragma unroll
     for (int i = 0; i < T::kQueryTiles; ++i)
 #pragma unroll
         for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
-            const float4 x = has_keys ? sums[(i * 2 * T::kColumnTiles + j) * 32] : make_float4(0, 0, 0, 0);
+            float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int chain = 0; chain < kMostChains; ++chain)
+                if (is_there[chain]) {
+                    const float4 y = sums[chain * T::kBlockM * T::kDim / 4 + (i * 2 * T::kColumnTiles + j) * 32];
+                    x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+                }
             const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
             const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
             store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4, M::round_pair(x.x * scale, x.y * scale));
@@ -446,10 +459,12 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradi
     fa_plan_backward_heads(args, fa_ceil_div(forward->seqlen_k, T::kBlockN), &plan, &arena);
     fa_plan_backward_bias(args, &plan, &arena);
     dq->blocks = query_blocks<T::kBlockM>(*forward);
+    const bool unequal = forward->causal || forward->window_left >= 0 || forward->window_right >= 0;
+    dq->chains = unequal && forward->seqlen_k > 8 * T::kBlockN ? kMostChains : 1;
     const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
-    dq->sums = static_cast<float *>(fa_take(&arena, blocks * T::kBlockM * T::kDim * sizeof(float)));
-    dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * sizeof(int32_t)));
-    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks);
+    dq->sums = static_cast<float *>(fa_take(&arena, blocks * dq->chains * T::kBlockM * T::kDim * sizeof(float)));
+    dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * dq->chains * sizeof(int32_t)));
+    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks) * dq->chains;
     *bytes = arena.used_bytes;
     return plan;
 }
@@ -497,7 +512,7 @@ static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {
     fa_status status = FA_OK;
     // clang-format off
     //                            dim, key warps, halves, m tiles, queries, blocks an SM
-    if (try_tile<BackwardTile<Element,  64, 4, 1, 2, 64, 1>, kModified>(args, &status, bytes) ||
+    if (try_tile<BackwardTile<Element,  64, 4, 1, 2, 128, 1>, kModified>(args, &status, bytes) ||
         try_tile<BackwardTile<Element, 128, 4, 1, 2, 64, 1>, kModified>(args, &status, bytes) ||
         try_tile<BackwardTile<Element, 256, 2, 2, 2, 64, 1>, kModified>(args, &status, bytes))
         return status;

@@ -5,13 +5,16 @@
 #include "cuda/backward.cuh"
 #include "cuda/mma_scores.cuh"
 
-// dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. A
-// block's key blocks add to it one after the other, from the first key on: turns counts those that have. No zeros are written
-// first: the first one stores.
+// dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. The
+// blocks of keys that a block of queries sees add to it one after the other, from the first key on: turns counts those that have. No
+// zeros are written first: the first one stores. With two chains every other block of keys adds to a sum of its own, and
+// waits for the one before the last: where rows are unequally long, the last one is not far enough ahead.
+enum { kMostChains = 2 };
 struct QueryGradient {
-    float *sums;    // [heads_q][blocks][kBlockM kDim]
-    int32_t *turns; // [heads_q][blocks]
+    float *sums;    // [heads_q][blocks][chains][kBlockM kDim]
+    int32_t *turns; // [heads_q][blocks][chains]
     int64_t blocks; // of a head: those of all sequences
+    int chains;     // 1 or kMostChains
 };
 
 // The first block of sequence b among those of a head: one block a sequence is added where sequences are packed, since

@@ -20,6 +20,7 @@
 #include "cuda/ptx/sync.cuh"
 
 constexpr float kSlack = 8;
+constexpr float kFar = 1 << 20; // a float32 of this size is rounded by 2^-4
 constexpr int64_t kSectionBytes = 32 << 20; // of K and V, at a time: half of an H200's L2 cache
 
 template <typename Element_, int kDim_, int kRowWarps_, int kColWarps_, int kMTiles_, int kBlockN_, bool kKeepsQ_,
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const float unit = 1.44269504f * (kModified ? 1.0f : static_cast<float>(args.softmax_scale));
 
     float acc_o[kMTiles][kOTiles][4] = {};
-    float row_max[kMTiles][2], row_sum[kMTiles][2] = {}; // in log2; of this thread's columns
+    float row_max[kMTiles][2], row_sum[kMTiles][2] = {}; // of this thread's columns
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) row_max[i][0] = row_max[i][1] = -infinity(0.0f);
 
@@ -199,13 +200,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                     for (int j = 0; j < kNTiles; ++j)
                         most = fmaxf(most, fmaxf(acc_s[i][j][2 * half], acc_s[i][j][2 * half + 1]));
-                    new_max[i][half] = most * unit;
-                    grew |= new_max[i][half] > row_max[i][half] + kSlack;
+                    new_max[i][half] = most;
+                    grew |= (most - row_max[i][half]) * unit > kSlack;
                 }
             grew = __any_sync(~0u, grew);
             const auto follow = [&](int i, int half, float most) {
                 most = fmaxf(most, row_max[i][half]);
-                const float rescale = most == -infinity(0.0f) ? 1.0f : ex2_approx(row_max[i][half] - most);
+                const float rescale = most == -infinity(0.0f) ? 1.0f : ex2_approx((row_max[i][half] - most) * unit);
                 row_max[i][half] = most;
                 row_sum[i][half] *= rescale;
 #pragma unroll
@@ -245,12 +246,29 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         }
             }
 
-            float shift[kMTiles][2];
+            float shift[kMTiles][2], unit_now = unit;
+            bool is_far = false;
 #pragma unroll
             for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) // no key yet: 2^(-inf - 0) = 0
-                    shift[i][half] = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+                for (int half = 0; half < 2; ++half) { // no key yet: 2^(-inf - 0) = 0
+                    shift[i][half] = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half] * unit;
+                    is_far |= !(fabsf(shift[i][half]) < kFar);
+                }
+            if (__any_sync(~0u, is_far)) { // rounding the shift would move P by powers of 2
+                unit_now = 1;
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+                        shift[i][half] = 0;
+#pragma unroll
+                        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                            for (int e = 2 * half; e < 2 * half + 2; ++e) acc_s[i][j][e] = (acc_s[i][j][e] - most) * unit;
+                    }
+            }
             // P of 16 keys, as the A of M::kDepth each.
             const auto probabilities = [&](typename M::A(&p)[kMTiles][kParts], int step) {
 #pragma unroll
@@ -259,7 +277,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                     for (int entry = 0; entry < 8; ++entry) {
                         float &s = entry < 4 ? left[entry] : right[entry - 4];
-                        s = ex2_approx(fmaf(s, unit, -shift[i][entry / 2 % 2]));
+                        s = ex2_approx(fmaf(s, unit_now, -shift[i][entry / 2 % 2]));
                         row_sum[i][entry / 2 % 2] += s;
                     }
                     if (kModified && rule.dropout_threshold != 0)
@@ -337,7 +355,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int r = row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4; // in the block
-            float sum, most = row_max[i][half] * 0.69314718f;
+            float sum, most = row_max[i][half] * (kModified ? 1.0f : static_cast<float>(args.softmax_scale));
             if constexpr (T::kColWarps == 2)
                 sum = row_sum[i][half] + smem.exchange.row_sum[1 - col_warp][r];
             else
@@ -420,7 +438,7 @@ static fa_status by_head_dim(const fa_forward_args *args) {
 size_t fa_cuda_tensor_core_forward_bytes(const fa_forward_args *) { return 0; }
 
 fa_status fa_cuda_tensor_core_forward(const fa_forward_args *args) {
-    const bool modified = fa_has_modified_scores(args) || args->softmax_scale <= 0; // plain ones grow with the product
+    const bool modified = fa_has_modified_scores(args) || static_cast<float>(args->softmax_scale) <= 0; // plain ones grow with products
     if (args->dtype == FA_FLOAT16) return modified ? by_head_dim<__half, true>(args) : by_head_dim<__half, false>(args);
     return modified ? by_head_dim<__nv_bfloat16, true>(args) : by_head_dim<__nv_bfloat16, false>(args);
 }
