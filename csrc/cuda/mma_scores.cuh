@@ -9,12 +9,13 @@
 #define FA_MMA_SCORES_CUH
 
 #include "cuda/mma_tile.cuh"
+#include "cuda/ptx/global.cuh"
 #include "cuda/scores.cuh"
 
 // tanh u = u (c0 + c1 u^2 + c2 u^4 + c3 u^6) within 2.4e-7 of itself where u^2 <= 0.2 (minimax). The cubic falls
 // everywhere, and kCapNear makes it 0.5 at u^2 = 0.2: the exponent of what comes out tells whether u was near enough.
 constexpr float kCap0 = 0.99999977f, kCap1 = -0.33329601f, kCap2 = 0.13238584f, kCap3 = -0.046116037f;
-constexpr float kCapNear = 0.5329f, kCapNearer = 0.505f; // 0.5 at u^2 = 0.03
+constexpr float kCapNear = 0.5329f, kCapNearer = 0.50015f; // of c0 + c1 u^2 alone: 0.5 at u^2 = 0.0009
 
 // What modifies the scores of a head. A kernel keeps it in shared memory, where it takes no registers between its uses.
 struct MmaScoreRule : ScoreRule<float> {
@@ -23,20 +24,21 @@ struct MmaScoreRule : ScoreRule<float> {
     float cap_in;  // softcap: score = softcap tanh(cap_in * product)
     float cap_out; // tanh in `inner`
     float cap[4];  // the cubic in the square of the product, times kCapNear
-    uint32_t dropout_rest, dropout_either;           // of keep_masks
-    alignas(16) uint32_t dropout_keys[4][4];         // of Philox's rounds, two each
+    uint32_t dropout_rest, dropout_either;   // of keep_masks
+    alignas(16) uint32_t dropout_keys[4][4]; // of Philox's rounds, two each
 
     __device__ MmaScoreRule(const fa_forward_args &args, const fa_sequence &seq, int64_t b, int64_t h)
         : ScoreRule<float>(args, seq, b, h) {
         const float scale = static_cast<float>(args.softmax_scale);
         cap_in = scale * softcap_inverse;
         const float square = cap_in * cap_in;
-        const float near = square < 1e-12f ? kCapNearer : kCapNear; // nearer where cap[3] is subnormal
+        const bool tiny = square < 1e-12f; // its cube would be subnormal
+        const float near = tiny ? kCapNearer : kCapNear;
         cap_out = cap_in == 0 ? 0 : near / cap_in;
         cap[0] = near * kCap0;
         cap[1] = near * kCap1 * square;
-        cap[2] = near * kCap2 * square * square;
-        cap[3] = near * kCap3 * square * square * square;
+        cap[2] = tiny ? 0 : near * kCap2 * square * square;
+        cap[3] = tiny ? 0 : near * kCap3 * square * square * square;
         inner = softcap > 0 ? scale / near : scale;
         unit = slope != 0 || bias || inner <= 0 ? 1.0f : inner;
         dropout_rest = dropout_threshold > 0xFFFF ? 0 : (0x8000 - (dropout_threshold & 0x7FFF)) * 0x10001u;
@@ -78,7 +80,7 @@ __device__ __forceinline__ void hide_scores(float (&acc)[kMTiles][kNTiles][4], c
     }
 }
 
-// Eight products, in `inner` after it: tanh's cubic where all are near, 6 instructions an entry with the test, else
+// Eight products, in `inner` after it: tanh's cubic where all are near, under 6 instructions an entry with the test, else
 // tanh = 1 - 2 / (1 + e^2u), which would cancel there.
 template <typename Element>
 __device__ __forceinline__ void cap_products(float (&left)[4], float (&right)[4], const MmaScoreRule &rule) {
@@ -139,35 +141,50 @@ __device__ __forceinline__ void add_bias(float (&acc)[kMTiles][kNTiles][4], floa
     const bool pairs = !kTransposed && stride_k == 1 && stride_q % 2 == 0 &&
                        reinterpret_cast<uintptr_t>(at) % sizeof(Pair) == 0;
     if (pairs && queries > 16 * kMTiles - 8 && keys > 8 * kNTiles - 7) {
+        constexpr int kBatch = kNTiles < 4 ? kNTiles : 4; // loads under way; more would not find registers
 #pragma unroll
-        for (int row = 0; row < 2 * kMTiles; ++row) {
-            Pair pair[kNTiles];
+        for (int row = 0; row < 2 * kMTiles; ++row, at += 8 * stride_q)
 #pragma unroll
-            for (int j = 0; j < kNTiles; ++j)
-                pair[j] = *reinterpret_cast<const Pair *>(at + 8 * row * stride_q + 8 * j);
+            for (int j0 = 0; j0 < kNTiles; j0 += kBatch) {
+                Pair pair[kBatch];
 #pragma unroll
-            for (int j = 0; j < kNTiles; ++j) {
-                float2 x;
-                if constexpr (sizeof(Bias) == 4)
-                    x = pair[j];
-                else
-                    x = unpack(pair[j], kDtype<Bias>);
-                float *s = &acc[row / 2][j][row % 2 * 2];
-                s[0] = fmaf(s[0], inner, x.x), s[1] = fmaf(s[1], inner, x.y);
+                for (int j = 0; j < kBatch; ++j) pair[j] = *reinterpret_cast<const Pair *>(at + 8 * (j0 + j));
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) {
+                    float2 x;
+                    if constexpr (sizeof(Bias) == 4)
+                        x = pair[j];
+                    else
+                        x = unpack(pair[j], kDtype<Bias>);
+                    float *s = &acc[row / 2][j0 + j][row % 2 * 2];
+                    s[0] = fmaf(s[0], inner, x.x), s[1] = fmaf(s[1], inner, x.y);
+                }
             }
-        }
         return;
     }
-    each_entry<kTransposed, kMTiles, kNTiles>([&](int query, int key, int i, int j, int entry) {
-        float x = 0;
-        if (query < queries && key < keys) x = static_cast<float>(at[query * stride_q + key * stride_k]);
-        acc[i][j][entry] = fmaf(acc[i][j][entry], inner, x);
-    });
+    using Bits = std::conditional_t<sizeof(Bias) == 4, uint32_t, uint16_t>;
+    const int64_t stride_row = kTransposed ? stride_k : stride_q, stride_col = kTransposed ? stride_q : stride_k;
+    const int rows = kTransposed ? keys : queries, cols = kTransposed ? queries : keys;
+#pragma unroll
+    for (int row = 0; row < 2 * kMTiles; ++row, at += 8 * stride_row) {
+        const Bias *entry = at;
+#pragma unroll
+        for (int j = 0; j < kNTiles; ++j, entry += 8 * stride_col)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float &s = acc[row / 2][j][row % 2 * 2 + e];
+                Bits bits = 0;
+                if (8 * row < rows && 8 * j + e < cols)
+                    bits = load_global(reinterpret_cast<const Bits *>(entry + e * stride_col));
+                s = fmaf(s, inner, static_cast<float>(reinterpret_cast<const Bias &>(bits)));
+            }
+    }
 }
 
-// A warp's part of the bias in shared memory: from row0, key0 of a tile on, whose rows are queries.
+// A warp's part of the bias in shared memory: from row0, key0 of a tile on, whose rows are queries; where it is there at all.
 template <typename Tile>
 struct StagedBias {
+    bool is_there;
     Tile *tile;
     int row0, key0;
 
@@ -175,7 +192,8 @@ struct StagedBias {
     template <bool kTransposed, int kMTiles, int kNTiles>
     __device__ __forceinline__ void add_to(float (&acc)[kMTiles][kNTiles][4], float inner) const {
         using M = Mma<typename Tile::Element>;
-        const auto place = kTransposed ? M::place_a_transposed(*tile, row0, key0 / 8) : M::place_a(*tile, row0, key0 / 8);
+        const auto place =
+            kTransposed ? M::place_a_transposed(*tile, row0, key0 / 8) : M::place_a(*tile, row0, key0 / 8);
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -204,22 +222,24 @@ struct StagedBias {
         const LanePlace<Tile> place(*tile, row0 + row, key0 / 8 + column);
         const auto *from = static_cast<const typename Tile::Element *>(bias.data) + head_at +
                            (query + row) * bias.stride_q + key + 8 * column;
+        int bytes[kKeys / 8 / kAcross];
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j += kAcross)
+            bytes[j / kAcross] = 2 * min(max(key_end - key - 8 * (column + j), 0), 8);
 #pragma unroll
         for (int i = 0; i < kRows; i += kDown, from += kDown * bias.stride_q)
 #pragma unroll
-            for (int j = 0; j < kKeys / 8; j += kAcross) {
-                const int keys = query + row + i < query_end ? key_end - key - 8 * (column + j) : 0;
-                cp_async_16(place.at(i, j), from + 8 * j, 2 * min(max(keys, 0), 8));
-            }
+            for (int j = 0; j < kKeys / 8; j += kAcross)
+                cp_async_16(place.at(i, j), from + 8 * j, query + row + i < query_end ? bytes[j / kAcross] : 0);
     }
 };
 
 // acc = the scores, in rule.unit, from products q.k. capped_slope(i, j, entry, slope) hears of the softcap's derivative.
-// staged: the bias, NULL: it comes from global memory.
+// Where the bias is not staged it comes from global memory.
 template <typename Element, bool kTransposed, typename Tile, int kMTiles, int kNTiles, typename Hear>
 __device__ __forceinline__ void modify_scores(float (&acc)[kMTiles][kNTiles][4], const fa_forward_args &args,
                                               const fa_sequence &seq, const MmaScoreRule &rule, int64_t query0,
-                                              int64_t key0, const Hear &capped_slope, const StagedBias<Tile> *staged) {
+                                              int64_t key0, const Hear &capped_slope, const StagedBias<Tile> staged) {
     float inner = rule.inner;
     if (rule.softcap > 0) {
         const float square = rule.cap_out == 0 ? 0 : 1 / (rule.cap_out * rule.cap_out);
@@ -240,16 +260,15 @@ __device__ __forceinline__ void modify_scores(float (&acc)[kMTiles][kNTiles][4],
         inner = 1;
     }
     if (rule.bias) {
-        const fa_bias &bias = args.bias;
-        const int64_t at = rule.bias_at + query0 * bias.stride_q + key0 * bias.stride_k;
-        const int queries = static_cast<int>(fa_clamp(seq.len_q - query0, 0, 1 << 20));
+        const int64_t at = rule.bias_at + query0 * args.bias.stride_q + key0 * args.bias.stride_k;
+        const int queries = static_cast<int>(fa_clamp(seq.len_q - query0, 0, 1 << 20)); // from query0 on
         const int keys = static_cast<int>(fa_clamp(seq.len_k - key0, 0, 1 << 20));
-        if (staged)
-            staged->template add_to<kTransposed>(acc, inner);
-        else if (bias.dtype == FA_FLOAT32)
-            add_bias<float, kTransposed>(acc, inner, bias, at, queries, keys);
+        if (staged.is_there)
+            staged.template add_to<kTransposed>(acc, inner);
+        else if (args.bias.dtype == FA_FLOAT32)
+            add_bias<float, kTransposed>(acc, inner, args.bias, at, queries, keys);
         else
-            add_bias<Element, kTransposed>(acc, inner, bias, at, queries, keys);
+            add_bias<Element, kTransposed>(acc, inner, args.bias, at, queries, keys);
     } else if (inner <= 0) {
         each_entry<kTransposed, kMTiles, kNTiles>(
             [&](int, int, int i, int j, int entry) { acc[i][j][entry] *= inner; });

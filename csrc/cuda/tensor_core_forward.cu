@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (threadIdx.x == 0) smem.rule = rule;
     }
     const auto staged_bias = [&] { // this warp's part, of a turn
-        return StagedBias<typename T::BiasTile>{&smem.bias(), row_warp * T::kWarpRows, col_warp * T::kWarpKeys};
+        return StagedBias<typename T::BiasTile>{order.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
+                                                col_warp * T::kWarpKeys};
     };
     const auto copy_bias = [&](int64_t head_at, int n0) {
         if (order.stages_bias)
@@ -202,10 +203,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const int warp_n0 = n0 + col_warp * T::kWarpKeys;
             const int thread_key = warp_n0 + lane % 4 * 2;
             if constexpr (kModified) {
-                const auto staged = staged_bias();
                 modify_scores<typename T::Element, false>(acc_s, args, smem.seq, smem.rule, thread_row, thread_key,
-                                                          [](int, int, int, float) {},
-                                                          order.stages_bias ? &staged : nullptr);
+                                                          [](int, int, int, float) {}, staged_bias());
             }
             if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
                 hide_scores<false>(acc_s, args, smem.seq, thread_row, thread_key);
