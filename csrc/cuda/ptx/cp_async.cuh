@@ -4,10 +4,12 @@
 
 #include "cuda/ptx/shared.cuh"
 
-// 16 bytes, both addresses aligned to them: the first `bytes`, 0 or 16, are read, the others become zeros.
+// 16 bytes, both addresses aligned to them: the first `bytes`, 0 to 16, are read, the others become zeros.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void cp_async_16(void *shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+    cp_async_16(shared_address(shared), global, bytes);
 }
 
 // 4 bytes; zeros, and nothing is read, unless `valid`.
