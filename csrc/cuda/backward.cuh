@@ -28,6 +28,7 @@ struct BackwardPlan {
     int64_t bias_chunks;
     int32_t *semaphores; // [semaphore_count], 0 after fa_backward_rows unless q has no rows; NULL: none
     int64_t semaphore_count;
+    int32_t *has_far_rows; // one of the semaphores: 1 if a row's |lse| is so large that it is corrected; NULL: not asked
     bool has_blind_rows; // rows with neither key nor sink are possible: their d_o, which may be anything, is taken as 0
 };
 

@@ -22,6 +22,8 @@
 #include "cuda/ptx/sync.cuh"
 #include "cuda/tensor_core_backward.cuh"
 
+constexpr float kLog2E = 1.44269504f;
+
 template <typename Element_, int kDim_, int kKeyWarps_, int kHalves_, int kMTiles_, int kBlockM_, int kBlocksPerSm_>
 struct BackwardTile {
     using Element = Element_;
@@ -39,11 +41,17 @@ struct BackwardTile {
     struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
         uint4 x[kWarpQueries / 16][kMTiles][32];
     };
+    struct Modified {
+        Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
+        MmaScoreRule rules[4];             // of query heads; three are in use
+        double slopes[2][kWarps];          // sums of dS |i + offset - j|, of the last head and the one before
+    };
     struct Nothing {};
+    using BiasTile = SwizzledTile<Element, 8, 64>; // none is staged
     // What a turn reads and adds to: made two turns ahead by one thread.
     struct Turn {
         const char *q, *d_o; // row m0
-        const float *lse, *delta;
+        const float *lse, *correction, *delta;
         float *sums;    // dQ' of the block of queries
         int32_t *added; // the blocks of keys that have added to it
         int h, m0, before;
@@ -55,9 +63,9 @@ struct BackwardTile {
         SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
         SwizzledTile<Element, kBlockN, kBlockM> ds[2]; // dS^T
         Fragments p[kKeyWarps][kHalves];
-        std::conditional_t<kModified, Fragments, Nothing> cap[kKeyWarps][kHalves];
-        alignas(16) float lse[2][kBlockM], delta[2][kBlockM];
+        alignas(16) float lse[2][kBlockM], correction[2][kBlockM], delta[2][kBlockM];
         Turn turns[8]; // of which five are in use
+        std::conditional_t<kModified, Modified, Nothing> modified;
     };
 };
 
@@ -93,8 +101,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const bool makes_dv = warp < T::kWarps / 2; // a value warp
     const int key_warp = warp % T::kKeyWarps, half = warp / T::kKeyWarps % T::kHalves;
+    const bool is_far = *plan.has_far_rows != 0;
     const float scale = static_cast<float>(forward.softmax_scale);
-    const float unit = 1.44269504f * (kModified ? 1.0f : scale);
     const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
 
     const auto head_of = [&](const fa_tensor &t, int64_t head, int64_t row) {
@@ -115,7 +123,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         const fa_interval last = fa_visible_keys(&forward, &seq, min(m0 + T::kBlockM, len_q) - 1);
         next.q = head_of(forward.q, h, seq.row_q + m0);
         next.d_o = head_of(args.d_o, h, seq.row_q + m0);
-        next.lse = of_row.lse + m0, next.delta = of_row.delta + m0;
+        next.lse = of_row.lse + m0, next.correction = of_row.correction + m0, next.delta = of_row.delta + m0;
+        if constexpr (kModified)
+            if (turn % of_head == 0) smem.modified.rules[turn / of_head % 4] = MmaScoreRule(forward, seq, b, h);
         const int nth = n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
         next.sums = dq.sums + (block * dq.chains + nth % dq.chains) * T::kBlockM * T::kDim;
         next.added = dq.turns + block * dq.chains + nth % dq.chains;
@@ -132,10 +142,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     };
     const auto copy_row_values = [&](const typename T::Turn &turn, int stage) {
         const int i = threadIdx.x % T::kBlockM; // zeros beyond the end, as in Q and dO
-        if (threadIdx.x < T::kBlockM)
+        if (threadIdx.x < T::kBlockM) {
             cp_async_4(&smem.lse[stage][i], turn.lse + i, turn.m0 + i < len_q);
-        else if (threadIdx.x < 2 * T::kBlockM)
+            cp_async_4(&smem.correction[stage][i], turn.correction + i, turn.m0 + i < len_q);
+        } else if (threadIdx.x < 2 * T::kBlockM) {
             cp_async_4(&smem.delta[stage][i], turn.delta + i, turn.m0 + i < len_q);
+        }
     };
 
     // dQ' += dS K of a turn, after the keys before these.
@@ -183,6 +195,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (threadIdx.x == 0) store_release(turn.added, turn.before + 1);
     };
 
+    // After a barrier that all warps came to since the head's last turn.
+    const auto store_slopes = [&](int head_index) {
+        if constexpr (kModified) {
+            if (!plan.slope_sums || threadIdx.x != 0) return;
+            double sum = 0;
+            for (int w = T::kWarps / 2; w < T::kWarps; ++w) sum += smem.modified.slopes[head_index % 2][w];
+            plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * n_blocks + n_block] = sum;
+        }
+    };
+
+    double slope_total = 0;              // of a head, in a key warp: this thread's dS |i + offset - j|
     float acc[kMTiles][kOTiles][4] = {}; // dV of a value warp, dK of a key warp
 
     KeyCopy(head_of(forward.k, h_kv, seq.row_k), forward.k.stride_l, forward.head_dim, key0, len_k).all(smem.k);
@@ -203,9 +226,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         cp_async_wait<0>();
         __syncthreads(); // Q and dO are there; those of the turn before were read, its dS is there, and dQ' of the one before that
         if (turn >= 2) tell_added(turn - 2);
+        if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
         if (threadIdx.x == T::kThreads - 32) describe(turn + 2);
         // The next turn's; where there is none, this one's again.
-        const int now_h = smem.turns[turn % 8].h, now_m0 = smem.turns[turn % 8].m0;
+        const int now_m0 = smem.turns[turn % 8].m0;
         const bool is_whole = smem.turns[turn % 8].is_whole;
         const typename T::Turn next = smem.turns[min(turn + 1, turns - 1) % 8];
         copy_row_values(next, stage ^ 1);
@@ -249,19 +273,56 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         const int barrier = 1 + key_warp;
         if (makes_dv) {
             const int thread_query = now_m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
+            float natural = scale; // a score of 1
+            uint32_t kept[kMTiles][T::kWarpQueries / 64 + 1] = {};
+            bool drops = false;
             if constexpr (kModified) {
-                const ScoreRule<float> rule(forward, seq, b, now_h);
-                modify_scores<Element, true>(acc_s, forward, seq, rule, thread_query, thread_key,
-                                             [](int, int, int, float) {});
+                const MmaScoreRule &rule = smem.modified.rules[turn / of_head % 4];
+                float last_slope = 1;
+                modify_scores<Element, true>(
+                    acc_s, forward, seq, rule, thread_query, thread_key,
+                    [&](int i, int j, int entry, float slope) {
+                        if (entry % 2)
+                            reinterpret_cast<uint32_t *>(&smem.modified.cap[key_warp][half].x[j / 2][i][lane])
+                                [j % 2 * 2 + entry / 2] = M::round_pair(last_slope, slope);
+                        last_slope = slope;
+                    },
+                    StagedBias<typename T::BiasTile>{});
+                natural = rule.unit;
+                drops = rule.dropout_threshold != 0;
+                if (drops)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int n = 0; n < T::kWarpQueries / 16; n += 4)
+                            kept[i][n / 4] = kept_transposed<(T::kWarpQueries < 64 ? T::kWarpQueries / 16 : 4)>(
+                                rule, now_m0 + half * T::kWarpQueries + 16 * n,
+                                key0 + key_warp * T::kWarpKeys + 16 * i);
             }
             if (!is_whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
+            if (is_far) { // no product of lse would be exact enough: S - lse is made on its own
+#pragma unroll
+                for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float lse = smem.lse[stage][pair_row + 8 * j + e];
+                        const float correction = smem.correction[stage][pair_row + 8 * j + e];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                            for (int entry = e; entry < 4; entry += 2)
+                                acc_s[i][j][entry] = product(acc_s[i][j][entry], natural) - lse - correction;
+                    }
+                natural = 1;
+            }
+            const float unit = natural * kLog2E;
             typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
 #pragma unroll
             for (int n = 0; n < T::kWarpQueries / 16; ++n) {
 #pragma unroll
                 for (int j = 2 * n; j < 2 * n + 2; ++j) {
                     const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
-                    const float shift[2] = {lse.x * 1.44269504f, lse.y * 1.44269504f};
+                    const float shift[2] = {is_far ? 0 : lse.x * kLog2E, is_far ? 0 : lse.y * kLog2E};
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -271,7 +332,19 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i) {
                     M::from_scores(p[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
-                    p_fragments.x[n][i][lane] = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
+                    uint4 &to_pair = p_fragments.x[n][i][lane];
+                    to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
+                    if constexpr (kModified) {
+                        if (drops) { // the key warp knows by the sign
+                            uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
+#pragma unroll
+                            for (int word = 0; word < 4; ++word) {
+                                const uint32_t mask = kept_pair(kept[i][n / 4], n % 4, word / 2, word % 2);
+                                sent[word] = words[word] | (~mask & 0x80008000);
+                                words[word] &= mask;
+                            }
+                        }
+                    }
                 }
             }
             barrier_arrive(barrier, T::kPartners); // P^T is there
@@ -297,8 +370,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     typename M::A a[kMTiles];
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i)
+                    {
                         *reinterpret_cast<uint4 *>(&a[i]) =
                             smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][lane];
+                        if constexpr (kModified)
+#pragma unroll
+                            for (int word = 0; word < 4; ++word) a[i].x[word] &= ~sign_halves(a[i].x[word]); // dropped
+                    }
 #pragma unroll
                     for (int d = 0; d < T::kWarpDim; d += 16) {
                         typename M::B d_o[2];
@@ -314,6 +392,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if (turn > 0) add_to_dq(turn - 1);
         } else {
             barrier_wait(barrier, T::kPartners); // P^T is there
+            bool caps = false, wants_slopes = false;
+            float slope_sum = 0, distance0 = 0;
+            if constexpr (kModified) {
+                caps = forward.softcap > 0, wants_slopes = plan.slope_sums != nullptr;
+                distance0 = static_cast<float>(now_m0 + pair_row + len_k - len_q - key0 - key_warp * T::kWarpKeys - lane / 4);
+            }
             const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, 0);
             typename M::A ds[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
 #pragma unroll
@@ -324,12 +408,32 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 for (int i = 0; i < kMTiles; ++i) {
                     const uint4 p = p_fragments.x[n][i][lane];
                     const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+                    uint4 cap = make_uint4(0, 0, 0, 0);
+                    if constexpr (kModified)
+                        if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][lane];
+                    const uint32_t cap_words[4] = {cap.x, cap.y, cap.z, cap.w};
 #pragma unroll
                     for (int word = 0; word < 4; ++word) { // a row of a tile of 8 columns
-                        const float2 pair = unpack(words[word], kDtype<Element>), delta = word < 2 ? left : right;
-                        float(&dp)[4] = acc_s[i][2 * n + word / 2];
-                        dp[word % 2 * 2] = pair.x * (dp[word % 2 * 2] - delta.x);
-                        dp[word % 2 * 2 + 1] = pair.y * (dp[word % 2 * 2 + 1] - delta.y);
+                        const float2 delta = word < 2 ? left : right;
+                        float2 pair = unpack(words[word], kDtype<Element>);
+                        float &dp0 = acc_s[i][2 * n + word / 2][word % 2 * 2], &dp1 = (&dp0)[1];
+                        if constexpr (kModified) {
+                            dp0 = words[word] & 0x8000 ? 0 : dp0 * keep;
+                            dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
+                            pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
+                        }
+                        dp0 = pair.x * (dp0 - delta.x);
+                        dp1 = pair.y * (dp1 - delta.y);
+                        if constexpr (kModified) {
+                            if (wants_slopes) {
+                                const float distance = distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
+                                slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
+                            }
+                            if (caps) {
+                                const float2 slope = unpack(cap_words[word], kDtype<Element>);
+                                dp0 *= slope.x, dp1 *= slope.y;
+                            }
+                        }
                     }
                     M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
 #pragma unroll
@@ -338,6 +442,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                                     half * T::kWarpQueries / 8 + 2 * n + word / 2) +
                                          lane % 4 * 4,
                                      ds[i][n][0].x[word]);
+                }
+            }
+            if constexpr (kModified) {
+                if (wants_slopes) {
+                    slope_total += slope_sum;
+                    if ((turn + 1) % of_head == 0) {
+                        for (int step = 16; step > 0; step /= 2) slope_total += __shfl_xor_sync(~0u, slope_total, step);
+                        if (lane == 0) smem.modified.slopes[turn / of_head % 2][warp] = slope_total;
+                        slope_total = 0;
+                    }
                 }
             }
             const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
@@ -370,7 +484,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     cp_async_wait<0>(); // no copy outlives its block
     __syncthreads();    // dS of the last turn is there, V was read
     if (turns > 1) tell_added(turns - 2);
-    if (turns > 0) add_to_dq(turns - 1);
+    if (turns > 0) store_slopes(group - 1), add_to_dq(turns - 1);
     __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
     if (turns > 0) tell_added(turns - 1);
 
@@ -463,8 +577,9 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradi
     dq->chains = unequal && forward->seqlen_k > 8 * T::kBlockN ? kMostChains : 1;
     const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
     dq->sums = static_cast<float *>(fa_take(&arena, blocks * dq->chains * T::kBlockM * T::kDim * sizeof(float)));
-    dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * dq->chains * sizeof(int32_t)));
-    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks) * dq->chains;
+    dq->turns = static_cast<int32_t *>(fa_take(&arena, (blocks * dq->chains + 1) * sizeof(int32_t)));
+    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks) * dq->chains + 1;
+    plan.has_far_rows = dq->turns + blocks * dq->chains;
     *bytes = arena.used_bytes;
     return plan;
 }
@@ -477,6 +592,11 @@ static fa_status launch(const fa_backward_args *args) {
     size_t bytes;
     const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
     FA_CHECK(fa_backward_rows(args, plan));
+    if (plan.slope_sums) { // of keys that no row sees, too
+        const size_t sums = static_cast<size_t>(forward->batch * forward->heads_q * plan.slope_parts);
+        FA_REQUIRE(cudaMemsetAsync(plan.slope_sums, 0, sums * sizeof(double), stream) == cudaSuccess, FA_ERROR_DEVICE,
+                   "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    }
     const int64_t heads = forward->heads_kv * forward->batch;
     int device = 0, sms = 1;
     cudaGetDevice(&device);

@@ -383,6 +383,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
         barrier_wait(1 + row_warp, 64); // both sums are there, Q was read
     }
+    float natural = static_cast<float>(args.softmax_scale); // a score of 1
+    if constexpr (kModified) natural = smem.rule.unit;
     const bool has_sink = args.sinks.data != nullptr;
     const float sink = has_sink ? load_per_head<float>(args.sinks, 0, h) : -infinity(0.0f);
     const float keep = static_cast<float>(1 / (1 - args.dropout_p));
@@ -391,7 +393,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int r = row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4; // in the block
-            float sum, most = row_max[i][half] * (kModified ? 1.0f : static_cast<float>(args.softmax_scale));
+            float sum, most = row_max[i][half] * natural;
             if constexpr (T::kColWarps == 2)
                 sum = row_sum[i][half] + smem.exchange.row_sum[1 - col_warp][r];
             else
