@@ -22,7 +22,7 @@ typedef struct attention_case {
     bool window;
     int window_left, window_right;
     double softcap, dropout_p;
-    const char *bias; // the axes it has, of "bhqk"; NULL: none, "" broadcasts over all. '-': some entries are -inf
+    const char *bias; // the axes it has, of "bhqk"; NULL: none, "" broadcasts over all. '-': some are -inf; '~': -1e9
     int alibi;        // 1: one slope a head, 2: one for each (b, h)
     bool sinks, d_lse;
     bool wide_extras; // bias, slopes and sinks in float32 whatever the dtype

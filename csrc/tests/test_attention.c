@@ -86,6 +86,7 @@ static const attention_case kCases[] = {
     {"16 bits, wide rows", 1, 2, 1, 129, 127, 200, 192, .causal = true, .narrow = true},
     {"16 bits, widest rows", 1, 1, 1, 64, 193, 256, 200, .window = true, .window_left = 129, .narrow = true},
     {"16 bits, large scores", 1, 2, 1, 65, 193, 64, 72, .magnitude = 4000, .causal = true, .d_lse = true, .narrow = true},
+    {"16 bits, rows masked by -1e9", 1, 2, 1, 65, 193, 64, 72, .bias = "hq~", .wide_extras = true, .narrow = true},
     {"16 bits, softcap", 1, 2, 1, 65, 127, 72, 80, .softcap = 1.5, .magnitude = 5, .narrow = true},
     {"16 bits, bias with -inf", 1, 2, 1, 127, 129, 40, 24, .bias = "hqk-", .narrow = true},
     {"16 bits, dropout, wide rows", 1, 1, 1, 65, 129, 160, 136, .dropout_p = 0.3, .causal = true, .narrow = true},
