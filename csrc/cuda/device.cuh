@@ -10,6 +10,12 @@
 #include "cuda/ptx/math.cuh"
 #include "philox.h"
 
+template <typename Element>
+constexpr fa_dtype kDtype = sizeof(Element) == 8              ? FA_FLOAT64
+                            : sizeof(Element) == 4            ? FA_FLOAT32
+                            : std::is_same_v<Element, __half> ? FA_FLOAT16
+                                                              : FA_BFLOAT16;
+
 template <typename Real>
 __device__ __forceinline__ Real load(const void *base, fa_dtype dtype, int64_t index) {
     switch (dtype) {
@@ -93,6 +99,9 @@ struct ScoreRule {
                fa_dropout_keeps(dropout_seed, dropout_offset, dropout_head, row, col, dropout_threshold);
     }
 };
+
+// x, which all lanes of the warp have: told to the compiler, it needs no register of theirs.
+__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // A row's sum or maximum over the kLanesX neighbours that share it.
 template <int kLanesX, typename Real>

@@ -1,37 +1,10 @@
 // d_bias = dS, summed over the axes that bias broadcasts: a block owns a tile of d_bias and walks over what it is the sum
 // of, which is cut into chunks where there are fewer tiles than the GPU has room for blocks; the chunks are then added in
 // order. Sums are float64: a bias that broadcasts over everything is the sum of B Hq Lq Lk terms that nearly cancel.
+#include "cuda/backward_bias.cuh"
 #include "cuda/fused_backward.cuh"
 
-enum { kTileRows = 4, kTileCols = 8, kBlock = 64, kEnoughBlocks = 512, kAddThreads = 256 };
-
-struct BiasShape {
-    int64_t sizes[4];         // of d_bias: 1 along the axes that are summed
-    int64_t m_tiles, n_tiles; // of d_bias
-    int64_t sums[4];          // of each of its tiles: batches, heads, tiles of rows, tiles of keys
-    __host__ __device__ explicit BiasShape(const fa_backward_args &args) {
-        const fa_forward_args &forward = args.forward;
-        const int64_t full[4] = {forward.batch, forward.heads_q, forward.seqlen_q, forward.seqlen_k};
-        const int64_t strides[4] = {args.d_bias.stride_b, args.d_bias.stride_h, args.d_bias.stride_q,
-                                    args.d_bias.stride_k};
-        for (int axis = 0; axis < 4; ++axis) {
-            sizes[axis] = strides[axis] ? full[axis] : 1;
-            sums[axis] = strides[axis] ? 1 : axis < 2 ? full[axis] : fa_ceil_div(full[axis], kBlock);
-        }
-        m_tiles = fa_ceil_div(sizes[2], kBlock);
-        n_tiles = fa_ceil_div(sizes[3], kBlock);
-    }
-    // d_bias at an element of its own shape.
-    __device__ void put(const fa_bias &t, int64_t element, double sum) const {
-        const int64_t key = element % sizes[3], row = element / sizes[3] % sizes[2];
-        const fa_place place = fa_place_of(element / sizes[3], sizes[1], sizes[2]);
-        store(t.data, t.dtype, place.b * t.stride_b + place.head * t.stride_h + row * t.stride_q + key * t.stride_k,
-              sum);
-    }
-    __host__ __device__ int64_t tiles() const { return sizes[0] * sizes[1] * m_tiles * n_tiles; }
-    __host__ __device__ int64_t terms() const { return sums[0] * sums[1] * sums[2] * sums[3]; } // of a tile
-    __host__ __device__ int64_t elements() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
-};
+enum { kTileRows = 4, kTileCols = 8, kBlock = 64 };
 
 template <typename Real>
 union BiasSmem {
@@ -70,7 +43,7 @@ __device__ __forceinline__ void add_tile(const fa_backward_args &args, const Bac
 #pragma unroll
         for (int j = 0; j < kTileCols; ++j)
             acc[i][j] += gradient_of<true>(rule, acc_s[i][j], acc_dp[i][j], row, col0, lane.kLanesX * j, keys, scale,
-                                           of_row.lse[row], of_row.correction[row], of_row.delta[row], keep);
+                                           of_row.lse[row], of_row.correction_at(row), of_row.delta[row], keep);
     }
 }
 
@@ -78,7 +51,7 @@ template <typename Real>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     fused_backward_bias(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
     __shared__ BiasSmem<Real> smem;
-    const BiasShape shape(args);
+    const BiasShape shape(args, kBlock, kBlock);
     const int64_t chunk = blockIdx.x % plan.bias_chunks, tile = blockIdx.x / plan.bias_chunks;
     const int64_t n_tile = tile % shape.n_tiles, m_tile = tile / shape.n_tiles % shape.m_tiles;
     const int64_t head = tile / shape.n_tiles / shape.m_tiles % shape.sizes[1];
@@ -120,36 +93,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 }
 
-__global__ void __launch_bounds__(kAddThreads)
-    add_bias_chunks(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
-    const BiasShape shape(args);
-    const int64_t element = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
-    if (element >= shape.elements()) return;
-    double sum = 0;
-    for (int64_t chunk = 0; chunk < plan.bias_chunks; ++chunk)
-        sum += plan.bias_sums[chunk * shape.elements() + element];
-    shape.put(args.d_bias, element, sum);
-}
-
-void fa_fused_plan_bias(const fa_backward_args *args, BackwardPlan *plan, fa_arena *arena) {
-    plan->bias_chunks = 1;
-    plan->bias_sums = nullptr;
-    if (!args->d_bias.data) return;
-    const BiasShape shape(*args);
-    const int64_t tiles = fa_max(shape.tiles(), 1);
-    plan->bias_chunks = fa_max(fa_min(fa_ceil_div(kEnoughBlocks, tiles), shape.terms()), 1);
-    if (plan->bias_chunks > 1)
-        plan->bias_sums = static_cast<double *>(
-            fa_take(arena, sizeof(double) * static_cast<size_t>(plan->bias_chunks * shape.elements())));
-}
-
 fa_status fa_fused_backward_bias(const fa_backward_args *args, const BackwardPlan &plan) {
-    const BiasShape shape(*args);
-    const cudaStream_t stream = fa_stream(&args->forward);
+    const BiasShape shape(*args, kBlock, kBlock);
     const auto kernel = args->forward.dtype == FA_FLOAT64 ? fused_backward_bias<double> : fused_backward_bias<float>;
-    FA_CHECK(fa_launch("fused backward, d_bias", kernel, shape.tiles() * plan.bias_chunks, kThreads, 0, stream, *args,
-                       plan));
-    if (plan.bias_chunks == 1) return FA_OK;
-    return fa_launch("fused backward, the sum of d_bias", add_bias_chunks, fa_ceil_div(shape.elements(), kAddThreads),
-                     kAddThreads, 0, stream, *args, plan);
+    FA_CHECK(fa_launch("fused backward, d_bias", kernel, shape.tiles() * plan.bias_chunks, kThreads, 0,
+                       fa_stream(&args->forward), *args, plan));
+    return fa_backward_add_bias_chunks(args, plan);
 }

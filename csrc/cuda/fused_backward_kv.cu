@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
             const bool is_row = m0 + i < seq.len_q;
             smem.lse[i] = is_row ? of_row.lse[m0 + i] : infinity(Real());
-            smem.correction[i] = is_row ? of_row.correction[m0 + i] : 0;
+            smem.correction[i] = is_row ? of_row.correction_at(m0 + i) : 0;
             smem.delta[i] = is_row ? of_row.delta[m0 + i] : 0;
         }
         cp_async_wait<0>();

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int j = 0; j < kCols; ++j) {
         const int64_t row = row0 + lane.col(j);
         lse[j] = row < row_end ? of_row.lse[row] : infinity(Real());
-        correction[j] = row < row_end ? of_row.correction[row] : 0;
+        correction[j] = row < row_end ? of_row.correction_at(row) : 0;
         delta[j] = row < row_end ? of_row.delta[row] : 0;
     }
     Real acc_dq[T::kOutRows][kVec<Real>] = {};

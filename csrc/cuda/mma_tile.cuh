@@ -19,11 +19,6 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/rows.cuh"
 
-template <typename Element>
-constexpr fa_dtype kDtype = sizeof(Element) == 4              ? FA_FLOAT32
-                            : std::is_same_v<Element, __half> ? FA_FLOAT16
-                                                              : FA_BFLOAT16;
-
 template <typename Element_, int kHeight_, int kWidth_>
 struct SwizzledTile {
     using Element = Element_;

@@ -12,12 +12,13 @@
 //   key warp    |                              | dQ' += dS K of | dP^T = V dO^T | dS^T -> smem | dK += dS^T Q
 //                                                the turn before
 //
-// dQ' are float32 sums in memory. The blocks of keys add to a block of queries in the order of their keys, each warp
-// waiting for the same warp of the block before: the same bits on every run. They walk from the last rows to the first, one
+// dQ' are float32 sums in memory. The blocks of keys add to a block of queries in the order of their keys, each
+// waiting for the one before: the same bits on every run. They walk from the last rows to the first, one
 // turn behind each other, so that waiting costs as many turns at the start of a launch as a head has blocks, and nothing after.
 //
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
+#include "cuda/fused_backward.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/tensor_core_backward.cuh"
 
@@ -39,6 +40,15 @@ struct BackwardTile {
         uint4 x[kWarpQueries / 16][kMTiles][32];
     };
     struct Nothing {};
+    // What a turn reads and adds to: made two turns ahead by one thread.
+    struct Turn {
+        const char *q, *d_o; // row m0
+        const float *lse, *delta;
+        float *sums;    // dQ' of the block of queries
+        int32_t *added; // the blocks of keys that have added to it
+        int h, m0, before;
+        bool is_whole; // all rows see all keys
+    };
     template <bool kModified>
     struct Smem {
         SwizzledTile<Element, kBlockN, kDim> k, v; // dK, dV at the end
@@ -46,11 +56,14 @@ struct BackwardTile {
         SwizzledTile<Element, kBlockN, kBlockM> ds[2]; // dS^T
         Fragments p[kKeyWarps][kHalves];
         std::conditional_t<kModified, Fragments, Nothing> cap[kKeyWarps][kHalves];
-        float lse[2][kBlockM], delta[2][kBlockM];
+        alignas(16) float lse[2][kBlockM], delta[2][kBlockM];
+        Turn turns[8]; // of which five are in use
     };
 };
 
-struct BackwardOrder { // of blocks: sections of heads, then keys, then heads
+// Of blocks: sections of as many heads as the device holds at a time, then keys, then heads. Blocks that start together then
+// belong to different heads, and none waits for the other.
+struct BackwardOrder {
     int section;
 };
 
@@ -70,14 +83,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int section0 = static_cast<int>(blockIdx.x) / (order.section * n_blocks) * order.section;
     const int section = min(order.section, static_cast<int>(forward.batch * forward.heads_kv) - section0);
     const int bh = section0 + in_section % section, heads_kv = static_cast<int>(forward.heads_kv);
-    const int b = bh / heads_kv, h_kv = bh % heads_kv, group = static_cast<int>(forward.heads_q / forward.heads_kv);
-    const int n_block = in_section / section, key0 = n_block * T::kBlockN;
+    const int b = warp_uniform(bh / heads_kv), h_kv = warp_uniform(bh % heads_kv), group = static_cast<int>(forward.heads_q / forward.heads_kv);
+    const int n_block = warp_uniform(in_section / section), key0 = n_block * T::kBlockN;
     const fa_sequence seq = fa_sequence_at(&forward, b);
-    const int len_q = static_cast<int>(seq.len_q), len_k = static_cast<int>(seq.len_k);
+    const int len_q = warp_uniform(static_cast<int>(seq.len_q)), len_k = warp_uniform(static_cast<int>(seq.len_k));
     if (key0 >= len_k) return;
     const fa_interval rows = fa_seeing_rows(&forward, &seq, key0, min(key0 + T::kBlockN, len_k));
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const bool makes_dv = warp < T::kWarps / 2; // a value warp
     const int key_warp = warp % T::kKeyWarps, half = warp / T::kKeyWarps % T::kHalves;
     const float scale = static_cast<float>(forward.softmax_scale);
@@ -87,25 +100,52 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const auto head_of = [&](const fa_tensor &t, int64_t head, int64_t row) {
         return static_cast<const char *>(t.data) + fa_row_offset(&t, seq.batch_index, head, row) * sizeof(Element);
     };
+    // The turns go query head by query head, and in each from the last rows to the first.
+    const int row_lo = static_cast<int>(rows.lo) / T::kBlockM * T::kBlockM;
+    const int row_last = static_cast<int>((rows.hi - 1) / T::kBlockM) * T::kBlockM;
+    const int of_head = rows.lo < rows.hi ? (row_last - row_lo) / T::kBlockM + 1 : 0;
+    const int turns = warp_uniform(of_head * group);
+    const auto describe = [&](int turn) {
+        if (turn >= turns) return;
+        typename T::Turn &next = smem.turns[turn % 8];
+        const int h = h_kv * group + turn / of_head, m0 = row_last - turn % of_head * T::kBlockM;
+        const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
+        const int64_t block = h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) + m0 / T::kBlockM;
+        const fa_interval first = fa_visible_keys(&forward, &seq, m0);
+        const fa_interval last = fa_visible_keys(&forward, &seq, min(m0 + T::kBlockM, len_q) - 1);
+        next.q = head_of(forward.q, h, seq.row_q + m0);
+        next.d_o = head_of(args.d_o, h, seq.row_q + m0);
+        next.lse = of_row.lse + m0, next.delta = of_row.delta + m0;
+        next.sums = dq.sums + block * T::kBlockM * T::kDim;
+        next.added = dq.turns + block;
+        next.h = h, next.m0 = m0, next.before = n_block - static_cast<int>(first.lo) / T::kBlockN;
+        next.is_whole = m0 + T::kBlockM <= len_q && last.lo <= key0 && key0 + T::kBlockN <= first.hi;
+    };
     using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
     using QueryCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.q[0])>>;
-    const auto load_queries = [&](int stage, int h, int m0) {
-        const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
-        QueryCopy(head_of(forward.q, h, seq.row_q), forward.q.stride_l, forward.head_dim, m0, len_q).all(smem.q[stage]);
-        QueryCopy(head_of(args.d_o, h, seq.row_q), args.d_o.stride_l, forward.head_dim_v, m0, len_q)
-            .all(smem.d_o[stage], plan.has_blind_rows ? of_row.lse + m0 : nullptr);
-        for (int i = threadIdx.x; i < T::kBlockM; i += T::kThreads) { // zeros beyond the end, as in Q and dO
-            cp_async_4(&smem.lse[stage][i], of_row.lse + m0 + i, m0 + i < len_q);
-            cp_async_4(&smem.delta[stage][i], of_row.delta + m0 + i, m0 + i < len_q);
-        }
-        cp_async_commit();
+    const auto copy_q = [&](const typename T::Turn &turn) {
+        return QueryCopy(turn.q, forward.q.stride_l, forward.head_dim, 0, len_q - turn.m0);
+    };
+    const auto copy_d_o = [&](const typename T::Turn &turn) {
+        return QueryCopy(turn.d_o, args.d_o.stride_l, forward.head_dim_v, 0, len_q - turn.m0);
+    };
+    const auto copy_row_values = [&](const typename T::Turn &turn, int stage) {
+        const int i = threadIdx.x % T::kBlockM; // zeros beyond the end, as in Q and dO
+        if (threadIdx.x < T::kBlockM)
+            cp_async_4(&smem.lse[stage][i], turn.lse + i, turn.m0 + i < len_q);
+        else if (threadIdx.x < 2 * T::kBlockM)
+            cp_async_4(&smem.delta[stage][i], turn.delta + i, turn.m0 + i < len_q);
     };
 
-    // dQ' of head h, rows m0 ..., += dS K, after the keys before these.
-    const auto add_to_dq = [&](int stage, int h, int m0) {
+    // dQ' += dS K of a turn, after the keys before these.
+    const auto add_to_dq = [&](int turn_index) {
         const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
-        const auto place_ds = M::place_a_transposed(smem.ds[stage], 0, query_warp * 2 * T::kQueryTiles * M::kColumnsIn16 / 2);
+        const auto place_ds = M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
         const auto place_k = M::place_b_transposed(smem.k, 0, column_warp * M::kColumnsIn16);
+        const int before = smem.turns[turn_index % 8].before;
+        const int32_t *counter = smem.turns[turn_index % 8].added;
+        float *sums = smem.turns[turn_index % 8].sums + (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
+        int added = before > 0 ? load_relaxed(counter) : 0; // asked for ahead
         float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
 #pragma unroll
         for (int key = 0; key < T::kBlockN; key += M::kDepth) {
@@ -123,16 +163,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             }
         }
-        const int64_t block = h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) + m0 / T::kBlockM;
-        float *sums = dq.sums + block * T::kBlockM * T::kDim +
-                      (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
-        int32_t *turns = dq.turns + block * T::kWarps + warp;
-        const int before = n_block - static_cast<int>(fa_visible_keys(&forward, &seq, m0).lo) / T::kBlockN;
-        if (before > 0) {
-            if (lane == 0)
-                while (load_acquire(turns) != before) {}
-            __syncwarp(); // the blocks before have added theirs
-        }
+        while (added != before) added = load_relaxed(counter); // the blocks before have added theirs
 #pragma unroll
         for (int i = 0; i < T::kQueryTiles; ++i)
 #pragma unroll
@@ -144,8 +175,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 else
                     *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
             }
-        __syncwarp(); // the warp has added its own
-        if (lane == 0) store_release(turns, before + 1);
+    };
+    // After a barrier that all warps came to since they added.
+    const auto tell_added = [&](int turn_index) {
+        const typename T::Turn &turn = smem.turns[turn_index % 8];
+        if (threadIdx.x == 0) store_release(turn.added, turn.before + 1);
     };
 
     float acc[kMTiles][kOTiles][4] = {}; // dV of a value warp, dK of a key warp
@@ -154,18 +188,28 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     KeyCopy(head_of(forward.v, h_kv, seq.row_k), forward.v.stride_l, forward.head_dim_v, key0, len_k).all(smem.v);
     cp_async_commit();
 
-    // Last rows first, query head by query head.
-    const int row_lo = static_cast<int>(rows.lo), last_block = static_cast<int>((rows.hi - 1) / T::kBlockM) * T::kBlockM;
-    const int h_end = rows.lo < rows.hi ? (h_kv + 1) * group : 0;
-    int h = h_kv * group, m0 = last_block, next_h, next_m0, done_h = -1, done_m0 = 0, stage = 0;
-    if (h < h_end) load_queries(0, h, m0);
-    for (; h < h_end; done_h = h, done_m0 = m0, h = next_h, m0 = next_m0, stage ^= 1) {
-        const bool is_last = m0 <= row_lo;
-        next_h = is_last ? h + 1 : h, next_m0 = is_last ? last_block : m0 - T::kBlockM;
+    if (threadIdx.x == T::kThreads - 32) describe(0), describe(1);
+    __syncthreads(); // the first turns are described
+    if (turns > 0) {
+        const typename T::Turn &first = smem.turns[0];
+        copy_q(first).all(smem.q[0]);
+        copy_d_o(first).all(smem.d_o[0], plan.has_blind_rows ? first.lse : nullptr);
+        copy_row_values(first, 0);
+    }
+    for (int turn = 0; turn < turns; ++turn) {
+        const int stage = turn % 2;
+        cp_async_commit();
         cp_async_wait<0>();
-        __syncthreads(); // Q and dO are there; those of the turn before were read, and its dS is there
-        if (next_h < h_end) load_queries(stage ^ 1, next_h, next_m0);
-        if (!makes_dv && done_h >= 0) add_to_dq(stage ^ 1, done_h, done_m0);
+        __syncthreads(); // Q and dO are there; those of the turn before were read, its dS is there, and dQ' of the one before that
+        if (turn >= 2) tell_added(turn - 2);
+        if (threadIdx.x == T::kThreads - 32) describe(turn + 2);
+        // The next turn's; where there is none, this one's again.
+        const int now_h = smem.turns[turn % 8].h, now_m0 = smem.turns[turn % 8].m0;
+        const bool is_whole = smem.turns[turn % 8].is_whole;
+        const typename T::Turn next = smem.turns[min(turn + 1, turns - 1) % 8];
+        copy_row_values(next, stage ^ 1);
+        QueryCopy next_q = copy_q(next);
+        if (!makes_dv && turn > 0) add_to_dq(turn - 1);
 
         // S^T, or dP^T, of the warp's keys and the pair's queries.
         float acc_s[kMTiles][kNTiles][4] = {};
@@ -187,23 +231,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::multiply(acc_s[i][n / 8 + 1], a[i], queries[1]);
                     }
                 }
+#pragma unroll
+                for (int n = 0; n < QueryCopy::kCopies; ++n)
+                    if (n * T::kDim / QueryCopy::kCopies / M::kDepth == d / M::kDepth) next_q.part(smem.q[stage ^ 1], n);
             }
         }
+        copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
 
         const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
         auto &p_fragments = smem.p[key_warp][half];
         const int barrier = 1 + key_warp;
         if (makes_dv) {
-            const int thread_query = m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
-            const int last_row = min(m0 + T::kBlockM, len_q) - 1;
-            const bool whole = m0 + T::kBlockM <= len_q && fa_visible_keys(&forward, &seq, last_row).lo <= key0 &&
-                               key0 + T::kBlockN <= fa_visible_keys(&forward, &seq, m0).hi;
+            const int thread_query = now_m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
             if constexpr (kModified) {
-                const ScoreRule<float> rule(forward, seq, b, h);
+                const ScoreRule<float> rule(forward, seq, b, now_h);
                 modify_scores<Element, true>(acc_s, forward, seq, rule, thread_query, thread_key,
                                              [](int, int, int, float) {});
             }
-            if (!whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
+            if (!is_whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
             typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
 #pragma unroll
             for (int n = 0; n < T::kWarpQueries / 16; ++n) {
@@ -262,9 +307,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                 }
             }
-            if (done_h >= 0) add_to_dq(stage ^ 1, done_h, done_m0);
+            if (turn > 0) add_to_dq(turn - 1);
         } else {
             barrier_wait(barrier, T::kPartners); // P^T is there
+            const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, 0);
             typename M::A ds[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
 #pragma unroll
             for (int n = 0; n < T::kWarpQueries / 16; ++n) {
@@ -283,11 +329,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                     M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
 #pragma unroll
-                    for (int word = 0; word < 4; ++word) {
-                        auto *at = smem.ds[stage].at(key_warp * T::kWarpKeys + 16 * i + word % 2 * 8 + lane / 4,
-                                                     half * T::kWarpQueries / 8 + 2 * n + word / 2);
-                        store_shared(shared_address(at) + lane % 4 * 4, ds[i][n][0].x[word]);
-                    }
+                    for (int word = 0; word < 4; ++word)
+                        store_shared(place_store.at(16 * i + word % 2 * 8,
+                                                    half * T::kWarpQueries / 8 + 2 * n + word / 2) +
+                                         lane % 4 * 4,
+                                     ds[i][n][0].x[word]);
                 }
             }
             const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
@@ -316,10 +362,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
         }
     }
-    cp_async_wait<0>();
-    __syncthreads(); // dS of the last turn is there, V was read
-    if (done_h >= 0) add_to_dq(stage ^ 1, done_h, done_m0);
-    __syncthreads(); // K was read: dK and dV take the places of K and V
+    cp_async_commit();
+    cp_async_wait<0>(); // no copy outlives its block
+    __syncthreads();    // dS of the last turn is there, V was read
+    if (turns > 1) tell_added(turns - 2);
+    if (turns > 0) add_to_dq(turns - 1);
+    __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
+    if (turns > 0) tell_added(turns - 1);
 
     auto &out = makes_dv ? smem.v : smem.k;
     const float factor = makes_dv ? keep : scale;
@@ -364,7 +413,7 @@ __global__ void __launch_bounds__(T::kThreads)
     const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
     const int64_t block = place.head * dq.blocks + first_query_block<T::kBlockM>(forward, seq, place.b) + place.part;
     const float scale = static_cast<float>(forward.softmax_scale);
-    const bool has_keys = dq.turns[block * T::kWarps + warp] > 0;
+    const bool has_keys = dq.turns[block] > 0;
     const float4 *sums = reinterpret_cast<const float4 *>(dq.sums + block * T::kBlockM * T::kDim) +
                          warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane;
 #pragma unroll
@@ -392,11 +441,15 @@ template <typename T>
 static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradient *dq, size_t *bytes) {
     const fa_forward_args *forward = &args->forward;
     fa_arena arena = {static_cast<char *>(base), 0};
-    const BackwardPlan plan = fa_plan_backward(args, &arena);
+    BackwardPlan plan = {};
+    fa_plan_backward_rows(args, &plan, &arena);
+    fa_plan_backward_heads(args, fa_ceil_div(forward->seqlen_k, T::kBlockN), &plan, &arena);
+    fa_plan_backward_bias(args, &plan, &arena);
     dq->blocks = query_blocks<T::kBlockM>(*forward);
     const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
     dq->sums = static_cast<float *>(fa_take(&arena, blocks * T::kBlockM * T::kDim * sizeof(float)));
-    dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * T::kWarps * sizeof(int32_t)));
+    dq->turns = static_cast<int32_t *>(fa_take(&arena, blocks * sizeof(int32_t)));
+    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks);
     *bytes = arena.used_bytes;
     return plan;
 }
@@ -408,15 +461,15 @@ static fa_status launch(const fa_backward_args *args) {
     QueryGradient dq;
     size_t bytes;
     const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
-    FA_CHECK(fa_fused_backward_rows(args, plan));
-    const size_t turns = static_cast<size_t>(forward->heads_q * dq.blocks * T::kWarps);
-    FA_REQUIRE(cudaMemsetAsync(dq.turns, 0, turns * sizeof(int32_t), stream) == cudaSuccess, FA_ERROR_DEVICE,
-               "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    FA_CHECK(fa_backward_rows(args, plan));
     const int64_t heads = forward->heads_kv * forward->batch;
-    const bool unequal = forward->causal || forward->window_left >= 0 || forward->window_right >= 0;
-    const BackwardOrder order = {unequal ? static_cast<int>(fa_min(2, fa_max(heads, 1))) : 1};
+    int device = 0, sms = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
+    const BackwardOrder order = {static_cast<int>(fa_clamp(fa_ceil_div(sms * T::kBlocksPerSm, fa_max(n_blocks, 1)), 1, fa_max(heads, 1)))};
     FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>,
-                       fa_ceil_div(forward->seqlen_k, T::kBlockN) * heads, T::kThreads,
+                       n_blocks * heads, T::kThreads,
                        sizeof(typename T::template Smem<kModified>), stream, *args, plan, dq, order));
     FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
                        fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,

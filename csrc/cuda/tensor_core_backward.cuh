@@ -1,16 +1,16 @@
-// What the kernels of the backward on tensor cores share beside fused_backward.cuh: the float32 sums that become dQ.
+// What the kernels of the backward on tensor cores share beside backward.cuh: the float32 sums that become dQ.
 #ifndef FA_TENSOR_CORE_BACKWARD_CUH
 #define FA_TENSOR_CORE_BACKWARD_CUH
 
-#include "cuda/fused_backward.cuh"
+#include "cuda/backward.cuh"
 #include "cuda/mma_scores.cuh"
 
 // dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. A
-// block's key blocks add to it one after the other, from the first key on: turns counts those that have, for each warp of
-// theirs on its own. No zeros are written first: the first one stores.
+// block's key blocks add to it one after the other, from the first key on: turns counts those that have. No zeros are written
+// first: the first one stores.
 struct QueryGradient {
     float *sums;    // [heads_q][blocks][kBlockM kDim]
-    int32_t *turns; // [heads_q][blocks][warps]
+    int32_t *turns; // [heads_q][blocks]
     int64_t blocks; // of a head: those of all sequences
 };
 
