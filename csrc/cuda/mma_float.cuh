@@ -109,7 +109,7 @@ private:
         lo = rest(x, hi);
     }
     static __device__ __forceinline__ void split_b(uint32_t x, uint32_t &hi, uint32_t &lo) {
-        hi = (x | 0x2000u) & 0xFFFFE000u;
+        hi = or_and(x, 0x2000u, 0xFFFFE000u);
         lo = rest(x, hi);
     }
     static __device__ __forceinline__ uint32_t rest(uint32_t x, uint32_t hi) {
