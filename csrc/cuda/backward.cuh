@@ -28,7 +28,8 @@ struct BackwardPlan {
     int64_t bias_chunks;
     int32_t *semaphores; // [semaphore_count], 0 after fa_backward_rows unless q has no rows; NULL: none
     int64_t semaphore_count;
-    int32_t *has_far_rows; // one of the semaphores: 1 if a row's |lse| is so large that it is corrected; NULL: not asked
+    int32_t
+        *has_far_rows;   // one of the semaphores: 1 if a row's |lse| is so large that it is corrected; NULL: not asked
     bool has_blind_rows; // rows with neither key nor sink are possible: their d_o, which may be anything, is taken as 0
 };
 
@@ -62,7 +63,7 @@ void fa_plan_backward_heads(const fa_backward_args *args, int64_t slope_parts, B
 // Writes lse, correction and delta; clears the semaphores.
 fa_status fa_backward_rows(const fa_backward_args *args, const BackwardPlan &plan);
 fa_status fa_backward_correction(const fa_backward_args *args, const BackwardPlan &plan); // as a part of it
-fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan); // d_alibi_slopes, d_sinks
+fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan);      // d_alibi_slopes, d_sinks
 // d_bias = the sum of bias_sums, where there are more chunks than one.
 fa_status fa_backward_add_bias_chunks(const fa_backward_args *args, const BackwardPlan &plan);
 

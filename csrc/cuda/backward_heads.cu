@@ -39,9 +39,8 @@ __global__ void __launch_bounds__(kThreads)
 void fa_plan_backward_heads(const fa_backward_args *args, int64_t slope_parts, BackwardPlan *plan, fa_arena *arena) {
     plan->slope_parts = slope_parts;
     if (args->d_alibi_slopes.data)
-        plan->slope_sums = static_cast<double *>(
-            fa_take(arena, sizeof(double) *
-                               static_cast<size_t>(args->forward.batch * args->forward.heads_q * slope_parts)));
+        plan->slope_sums = static_cast<double *>(fa_take(
+            arena, sizeof(double) * static_cast<size_t>(args->forward.batch * args->forward.heads_q * slope_parts)));
 }
 
 fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan) {

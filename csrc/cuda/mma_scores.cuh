@@ -138,8 +138,8 @@ __device__ __forceinline__ void add_bias(float (&acc)[kMTiles][kNTiles][4], floa
     using Pair = std::conditional_t<sizeof(Bias) == 4, float2, uint32_t>;
     const Bias *at = static_cast<const Bias *>(bias.data) + first;
     const int64_t stride_q = bias.stride_q, stride_k = bias.stride_k;
-    const bool pairs = !kTransposed && stride_k == 1 && stride_q % 2 == 0 &&
-                       reinterpret_cast<uintptr_t>(at) % sizeof(Pair) == 0;
+    const bool pairs =
+        !kTransposed && stride_k == 1 && stride_q % 2 == 0 && reinterpret_cast<uintptr_t>(at) % sizeof(Pair) == 0;
     if (pairs && queries > 16 * kMTiles - 8 && keys > 8 * kNTiles - 7) {
         constexpr int kBatch = kNTiles < 4 ? kNTiles : 4; // loads under way; more would not find registers
 #pragma unroll
@@ -191,25 +191,27 @@ struct StagedBias {
     // acc = inner * acc + bias.
     template <bool kTransposed, int kMTiles, int kNTiles>
     __device__ __forceinline__ void add_to(float (&acc)[kMTiles][kNTiles][4], float inner) const {
-        using M = Mma<typename Tile::Element>;
-        const auto place =
-            kTransposed ? M::place_a_transposed(*tile, row0, key0 / 8) : M::place_a(*tile, row0, key0 / 8);
+        if constexpr (sizeof(typename Tile::Element) == 2) { // as the dtype that is staged
+            using M = Mma<typename Tile::Element>;
+            const auto place =
+                kTransposed ? M::place_a_transposed(*tile, row0, key0 / 8) : M::place_a(*tile, row0, key0 / 8);
 #pragma unroll
-        for (int i = 0; i < kMTiles; ++i)
+            for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-            for (int j = 0; j < kNTiles; j += 2) {
-                typename M::A pairs;
-                if (kTransposed)
-                    M::load_a_transposed(pairs, place, 16 * i, 8 * j);
-                else
-                    M::load_a(pairs, place, 16 * i, 8 * j);
+                for (int j = 0; j < kNTiles; j += 2) {
+                    typename M::A pairs;
+                    if (kTransposed)
+                        M::load_a_transposed(pairs, place, 16 * i, 8 * j);
+                    else
+                        M::load_a(pairs, place, 16 * i, 8 * j);
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    const float2 x = unpack(pairs.x[n], kDtype<typename Tile::Element>);
-                    float *s = &acc[i][j + n / 2][n % 2 * 2];
-                    s[0] = fmaf(s[0], inner, x.x), s[1] = fmaf(s[1], inner, x.y);
+                    for (int n = 0; n < 4; ++n) {
+                        const float2 x = unpack(pairs.x[n], kDtype<typename Tile::Element>);
+                        float *s = &acc[i][j + n / 2][n % 2 * 2];
+                        s[0] = fmaf(s[0], inner, x.x), s[1] = fmaf(s[1], inner, x.y);
+                    }
                 }
-            }
+        }
     }
 
     // Copies it by cp.async, where rows of the bias are made of 16 bytes, aligned: kRows queries, kKeys keys from the head's
@@ -309,6 +311,16 @@ __device__ __forceinline__ void drop(A &p, const MmaScoreRule &rule, int query0,
     keep_masks(masks, rule, query0, key0);
 #pragma unroll
     for (int n = 0; n < 4; ++n) p.x[n] &= masks[n];
+}
+
+// The same for P in float32, before it is split.
+__device__ __forceinline__ void drop(float (&left)[4], float (&right)[4], const MmaScoreRule &rule, int query0,
+                                     int key0) {
+    uint32_t masks[4];
+    keep_masks(masks, rule, query0, key0);
+#pragma unroll
+    for (int entry = 0; entry < 8; ++entry)
+        if (!(masks[entry / 2] & (entry % 2 ? 0x80000000 : 0x8000))) (entry < 4 ? left[entry] : right[entry - 4]) = 0;
 }
 
 // Transposed: which entries of kTiles tiles of 16 x 16 are kept, tile n at (query0 + 16 n, key0). Bit 16 e + 4 n + 2 half +

@@ -46,7 +46,7 @@ struct LanePlace {
 };
 
 template <typename Element_>
-struct Mma { // float16, bfloat16
+struct Mma { // float16, bfloat16; float32: mma_float.cuh
     using Element = Element_;
     static constexpr int kDepth = 16, kColumnsIn16 = 2; // columns of 16 bytes behind 16 elements
     struct A {

@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int section0 = static_cast<int>(blockIdx.x) / (order.section * n_blocks) * order.section;
     const int section = min(order.section, static_cast<int>(forward.batch * forward.heads_kv) - section0);
     const int bh = section0 + in_section % section, heads_kv = static_cast<int>(forward.heads_kv);
-    const int b = warp_uniform(bh / heads_kv), h_kv = warp_uniform(bh % heads_kv), group = static_cast<int>(forward.heads_q / forward.heads_kv);
+    const int b = warp_uniform(bh / heads_kv), h_kv = warp_uniform(bh % heads_kv),
+              group = static_cast<int>(forward.heads_q / forward.heads_kv);
     const int n_block = warp_uniform(in_section / section), key0 = n_block * T::kBlockN;
     const fa_sequence seq = fa_sequence_at(&forward, b);
     const int len_q = warp_uniform(static_cast<int>(seq.len_q)), len_k = warp_uniform(static_cast<int>(seq.len_k));
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         next.lse = of_row.lse + m0, next.correction = of_row.correction + m0, next.delta = of_row.delta + m0;
         if constexpr (kModified)
             if (turn % of_head == 0) smem.modified.rules[turn / of_head % 4] = MmaScoreRule(forward, seq, b, h);
-        const int nth = n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
+        const int nth =
+            n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
         next.sums = dq.sums + (block * dq.chains + nth % dq.chains) * T::kBlockM * T::kDim;
         next.added = dq.turns + block * dq.chains + nth % dq.chains;
         next.h = h, next.m0 = m0, next.before = nth / dq.chains;
@@ -153,7 +155,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     // dQ' += dS K of a turn, after the keys before these.
     const auto add_to_dq = [&](int turn_index) {
         const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
-        const auto place_ds = M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
+        const auto place_ds =
+            M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
         const auto place_k = M::place_b_transposed(smem.k, 0, column_warp * M::kColumnsIn16);
         const int before = smem.turns[turn_index % 8].before;
         const int32_t *counter = smem.turns[turn_index % 8].added;
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
             for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
                 float *at = sums + (i * 2 * T::kColumnTiles + j) * 32 * 4;
-                const float(&x)[4] = acc[i][j];
+                const float (&x)[4] = acc[i][j];
                 if (before > 0)
                     reduce_add_4(at, x[0], x[1], x[2], x[3]);
                 else
@@ -201,7 +204,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if (!plan.slope_sums || threadIdx.x != 0) return;
             double sum = 0;
             for (int w = T::kWarps / 2; w < T::kWarps; ++w) sum += smem.modified.slopes[head_index % 2][w];
-            plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * n_blocks + n_block] = sum;
+            plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * n_blocks +
+                            n_block] = sum;
         }
     };
 
@@ -260,7 +264,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
-                        M::multiply(acc_s[i][step % kQuerySteps * 2 + j], a[step / kQuerySteps % 2][i], queries[step % 2][j]);
+                        M::multiply(acc_s[i][step % kQuerySteps * 2 + j], a[step / kQuerySteps % 2][i],
+                                    queries[step % 2][j]);
 #pragma unroll
                 for (int n = 0; n < QueryCopy::kCopies; ++n)
                     if (n * kSteps / QueryCopy::kCopies == step) next_q.part(smem.q[stage ^ 1], n);
@@ -283,8 +288,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     acc_s, forward, seq, rule, thread_query, thread_key,
                     [&](int i, int j, int entry, float slope) {
                         if (entry % 2)
-                            reinterpret_cast<uint32_t *>(&smem.modified.cap[key_warp][half].x[j / 2][i][lane])
-                                [j % 2 * 2 + entry / 2] = M::round_pair(last_slope, slope);
+                            reinterpret_cast<uint32_t *>(
+                                &smem.modified.cap[key_warp][half].x[j / 2][i][lane])[j % 2 * 2 + entry / 2] =
+                                M::round_pair(last_slope, slope);
                         last_slope = slope;
                     },
                     StagedBias<typename T::BiasTile>{});
@@ -347,7 +353,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                 }
             }
-            barrier_arrive(barrier, T::kPartners); // P^T is there
+            barrier_arrive(barrier, T::kPartners);                                  // P^T is there
             if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
             const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
             if constexpr (T::kHalves == 1) {
@@ -369,8 +375,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 for (int n = 0; n < T::kBlockM / 16; ++n) {
                     typename M::A a[kMTiles];
 #pragma unroll
-                    for (int i = 0; i < kMTiles; ++i)
-                    {
+                    for (int i = 0; i < kMTiles; ++i) {
                         *reinterpret_cast<uint4 *>(&a[i]) =
                             smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][lane];
                         if constexpr (kModified)
@@ -396,7 +401,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             float slope_sum = 0, distance0 = 0;
             if constexpr (kModified) {
                 caps = forward.softcap > 0, wants_slopes = plan.slope_sums != nullptr;
-                distance0 = static_cast<float>(now_m0 + pair_row + len_k - len_q - key0 - key_warp * T::kWarpKeys - lane / 4);
+                distance0 =
+                    static_cast<float>(now_m0 + pair_row + len_k - len_q - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
             const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, 0);
             typename M::A ds[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
@@ -426,7 +432,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         dp1 = pair.y * (dp1 - delta.y);
                         if constexpr (kModified) {
                             if (wants_slopes) {
-                                const float distance = distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
+                                const float distance =
+                                    distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
                                 slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
                             }
                             if (caps) {
@@ -438,10 +445,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
 #pragma unroll
                     for (int word = 0; word < 4; ++word)
-                        store_shared(place_store.at(16 * i + word % 2 * 8,
-                                                    half * T::kWarpQueries / 8 + 2 * n + word / 2) +
-                                         lane % 4 * 4,
-                                     ds[i][n][0].x[word]);
+                        store_shared(
+                            place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2) +
+                                lane % 4 * 4,
+                            ds[i][n][0].x[word]);
                 }
             }
             if constexpr (kModified) {
@@ -509,9 +516,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         const int r = index / kColumns, column = index % kColumns;
         if (key0 + r >= len_k) break;
         if (column * 8 < forward.head_dim)
-            *reinterpret_cast<uint4 *>(d_k.at(key0 + r, column * 8)) = *reinterpret_cast<const uint4 *>(smem.k.at(r, column));
+            *reinterpret_cast<uint4 *>(d_k.at(key0 + r, column * 8)) =
+                *reinterpret_cast<const uint4 *>(smem.k.at(r, column));
         if (column * 8 < forward.head_dim_v)
-            *reinterpret_cast<uint4 *>(d_v.at(key0 + r, column * 8)) = *reinterpret_cast<const uint4 *>(smem.v.at(r, column));
+            *reinterpret_cast<uint4 *>(d_v.at(key0 + r, column * 8)) =
+                *reinterpret_cast<const uint4 *>(smem.v.at(r, column));
     }
 }
 
@@ -551,7 +560,8 @@ __global__ void __launch_bounds__(T::kThreads)
             const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
             const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
             store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4, M::round_pair(x.x * scale, x.y * scale));
-            store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4, M::round_pair(x.z * scale, x.w * scale));
+            store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4,
+                         M::round_pair(x.z * scale, x.w * scale));
         }
     __syncthreads(); // all of the block is there
     const Rows<float> d_q(args.d_q, kDtype<Element>, seq.batch_index, place.head, seq.row_q, forward.head_dim);
@@ -559,7 +569,8 @@ __global__ void __launch_bounds__(T::kThreads)
     for (int index = threadIdx.x; index < T::kBlockM * kColumns; index += T::kThreads) {
         const int r = index / kColumns, column = index % kColumns;
         if (m0 + r < seq.len_q && column * 8 < forward.head_dim)
-            *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) = *reinterpret_cast<const uint4 *>(tile.at(r, column));
+            *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) =
+                *reinterpret_cast<const uint4 *>(tile.at(r, column));
     }
 }
 
@@ -602,9 +613,9 @@ static fa_status launch(const fa_backward_args *args) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
-    const BackwardOrder order = {static_cast<int>(fa_clamp(fa_ceil_div(sms * T::kBlocksPerSm, fa_max(n_blocks, 1)), 1, fa_max(heads, 1)))};
-    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>,
-                       n_blocks * heads, T::kThreads,
+    const BackwardOrder order = {
+        static_cast<int>(fa_clamp(fa_ceil_div(sms * T::kBlocksPerSm, fa_max(n_blocks, 1)), 1, fa_max(heads, 1)))};
+    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>, n_blocks * heads, T::kThreads,
                        sizeof(typename T::template Smem<kModified>), stream, *args, plan, dq, order));
     FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
                        fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,

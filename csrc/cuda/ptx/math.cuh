@@ -1,4 +1,4 @@
-// Special functions of the hardware, and what single instructions do to pairs of 16 bits.
+// Special functions and logical operations of the hardware.
 #ifndef FA_PTX_MATH_CUH
 #define FA_PTX_MATH_CUH
 
@@ -30,6 +30,13 @@ __device__ __forceinline__ uint32_t sign_halves(uint32_t x) {
     uint32_t mask;
     asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(mask) : "r"(x)); // 8 + n: the sign of byte n, 8 times
     return mask;
+}
+
+// (x | set) & keep in one instruction, which the compiler finds only where one of them is no constant.
+__device__ __forceinline__ uint32_t or_and(uint32_t x, uint32_t set, uint32_t keep) {
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xA8;" : "=r"(y) : "r"(x), "r"(set), "r"(keep));
+    return y;
 }
 
 #endif

@@ -30,6 +30,11 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
     return x;
 }
+__device__ __forceinline__ uint2 load_shared_2(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
+}
 
 __device__ __forceinline__ void load_shared_4(uint32_t (&x)[4], uint32_t address) { // aligned to 16 bytes
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

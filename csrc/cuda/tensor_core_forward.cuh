@@ -1,0 +1,507 @@
+// FlashAttention forward on tensor cores (mma.sync), sm_80 and newer.
+//
+//   S = Q K^T,  m' = max(m, rowmax S),  P = e^(S - m'),  l = e^(m - m') l + rowsum P,  O = e^(m - m') O + P V
+//   o = O / l,  lse = m + ln l                                             Dao, FlashAttention-2 (2023), algorithm 1
+//
+// A block takes kBlockM rows of Q of one head and walks over the keys that they see, kBlockN at a time. A row warp owns 16
+// kMTiles of the rows; P stays in its registers. While a turn computes, the copies of the next one's K and V are under way:
+//
+//   wait, barrier | load K, V of the next turn ...
+//                 | S = Q K^T | mask | max | P of 16 keys | O += P V of these 16 | P of the next 16 | O += ...
+//
+// The exponentials of 16 keys are independent of the product over the 16 before: they run under it. m follows the
+// maximum only when that grows by more than 2^kSlack: until then P is at most 2^kSlack times larger, which costs no precision
+// of a floating-point number, and O is not rescaled.
+//
+// Rows of more than 128 elements do not fit a warp's registers with the 32 rows that reading K and V from shared memory
+// needs to keep up with the tensor cores. There two warps share their rows (kColWarps = 2): each makes the scores of half of the keys,
+// they exchange P through shared memory, and each makes every other 16 columns of O.
+//
+// Float32 multiplies as pairs of tf32 and adds up O in float32, 16 keys at a time (mma_float.cuh).
+#ifndef FA_TENSOR_CORE_FORWARD_CUH
+#define FA_TENSOR_CORE_FORWARD_CUH
+
+#include "cuda/mma_float.cuh"
+#include "cuda/mma_scores.cuh"
+#include "cuda/ptx/sync.cuh"
+
+fa_status fa_tensor_core_forward_f32(const fa_forward_args *args, bool modified);
+
+constexpr float kSlack = 8;
+constexpr float kFar = 1 << 20;             // a float32 of this size is rounded by 2^-4
+constexpr int64_t kSectionBytes = 32 << 20; // of K and V, at a time: half of an H200's L2 cache
+
+template <typename Element_, int kDim_, int kRowWarps_, int kColWarps_, int kMTiles_, int kBlockN_, bool kKeepsQ_,
+          int kBlocksPerSm_>
+struct ForwardTile {
+    using Element = Element_;
+    static constexpr int kDim = kDim_, kRowWarps = kRowWarps_, kColWarps = kColWarps_, kMTiles = kMTiles_;
+    static constexpr int kBlockN = kBlockN_, kBlocksPerSm = kBlocksPerSm_;
+    static constexpr bool kKeepsQ = kKeepsQ_; // Q in registers
+    static constexpr int kWarpRows = 16 * kMTiles, kBlockM = kRowWarps * kWarpRows;
+    static constexpr int kThreads = 32 * kRowWarps * kColWarps;
+    static constexpr int kWarpKeys = kBlockN / kColWarps, kWarpDim = kDim / kColWarps;
+    struct Exchange { // between the warps of a row
+        SwizzledTile<Element, kBlockM, kBlockN> p;
+        float row_max[kColWarps][kBlockM], row_sum[kColWarps][kBlockM];
+        int grew[kRowWarps][kColWarps];
+    };
+    struct Nothing {};
+    using BiasTile = SwizzledTile<Element, kBlockM, kBlockN>; // behind Smem, where a bias is staged
+    template <bool kModified>
+    struct Smem {
+        SwizzledTile<Element, kBlockM, kDim> q;          // O at the end
+        SwizzledTile<Element, kBlockN, kDim> k[2], v[2]; // this turn's and the next one's
+        std::conditional_t<kColWarps == 2, Exchange, Nothing> exchange;
+        fa_sequence seq;
+        const char *head_k, *head_v; // kept here, as what follows, where they take no registers
+        struct {
+            Span some, all;
+        } keys[kThreads / 32];
+        std::conditional_t<kModified, MmaScoreRule, Nothing> rule;
+        __device__ BiasTile &bias() { return *reinterpret_cast<BiasTile *>(this + 1); }
+    };
+};
+
+struct ForwardOrder { // of blocks: sections of heads, whose K and V fit the L2 cache, then rows, then heads
+    int section;
+    bool stages_bias; // through shared memory
+};
+
+// acc_o += P V, over 16 keys from row `key` of the tile of V on.
+template <typename T, int kOTiles, int kParts, typename Place>
+__device__ __forceinline__ void add_product(float (&acc_o)[T::kMTiles][kOTiles][4],
+                                            const typename Mma<typename T::Element>::A (&p)[T::kMTiles][kParts],
+                                            const Place &place_v, int key) {
+    using M = Mma<typename T::Element>;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int d = 0; d < 8 * kOTiles; d += 16) {
+            typename M::B values[2];
+            M::load_b_transposed(values, place_v, key + M::kDepth * part, T::kColWarps * d);
+#pragma unroll
+            for (int i = 0; i < T::kMTiles; ++i) {
+                M::multiply(acc_o[i][d / 8], p[i][part], values[0]);
+                M::multiply(acc_o[i][d / 8 + 1], p[i][part], values[1]);
+            }
+        }
+}
+
+template <typename T, bool kModified>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    tensor_core_forward(const __grid_constant__ fa_forward_args args, const __grid_constant__ ForwardOrder order) {
+    using M = Mma<typename T::Element>;
+    constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpKeys / 8, kOTiles = T::kWarpDim / 8;
+    constexpr int kParts = 16 / M::kDepth;
+    constexpr bool kFloat = kDtype<typename T::Element> == FA_FLOAT32;
+    static_assert(!kFloat || (T::kColWarps == 1 && !T::kKeepsQ), "float32: rows of one warp, Q in shared memory");
+    extern __shared__ __align__(1024) unsigned char shared[];
+    using Smem = typename T::template Smem<kModified>;
+    Smem &smem = *reinterpret_cast<Smem *>(shared);
+
+    const int m_blocks = static_cast<int>(fa_ceil_div(args.seqlen_q, T::kBlockM));
+    const int in_section = static_cast<int>(blockIdx.x) % (order.section * m_blocks);
+    const int section0 = static_cast<int>(blockIdx.x) / (order.section * m_blocks) * order.section;
+    const int section = min(order.section, static_cast<int>(args.batch * args.heads_q) - section0);
+    const int bh = section0 + in_section % section, heads_q = static_cast<int>(args.heads_q);
+    const int b = bh / heads_q, h = bh % heads_q, h_kv = h / static_cast<int>(args.heads_q / args.heads_kv);
+    const int row0 = (m_blocks - 1 - in_section / section) * T::kBlockM; // causal: the longest rows first
+    const fa_sequence seq = fa_sequence_at(&args, b);
+    const int len_q = static_cast<int>(seq.len_q), len_k = static_cast<int>(seq.len_k);
+    if (row0 >= len_q) return;
+    const int row_end = min(row0 + T::kBlockM, len_q);
+    const auto keys_of = [&](int row) {
+        const fa_interval keys = fa_visible_keys(&args, &seq, row);
+        return Span{static_cast<int>(keys.lo), static_cast<int>(keys.hi)};
+    };
+    const Rows<float> q(args.q, kDtype<typename T::Element>, seq.batch_index, h, seq.row_q, args.head_dim);
+    const Rows<float> k(args.k, kDtype<typename T::Element>, seq.batch_index, h_kv, seq.row_k, args.head_dim);
+    const Rows<float> v(args.v, kDtype<typename T::Element>, seq.batch_index, h_kv, seq.row_k, args.head_dim_v);
+    const int key_first = keys_of(row0).lo / T::kBlockN * T::kBlockN, key_end = keys_of(row_end - 1).hi;
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_warp = warp % T::kRowWarps, col_warp = warp / T::kRowWarps;
+    const int warp_row0 = row0 + row_warp * T::kWarpRows, thread_row = warp_row0 + lane / 4;
+    // The keys that one of the warp's rows sees, and those that all of them do.
+    const Span first = keys_of(min(warp_row0, row_end - 1)), last = keys_of(min(warp_row0 + T::kWarpRows, row_end) - 1);
+    if (lane == 0) smem.keys[warp] = {{first.lo, warp_row0 < row_end ? last.hi : 0}, {last.lo, first.hi}};
+    if (threadIdx.x == 0) smem.seq = seq, smem.head_k = k.data, smem.head_v = v.data;
+
+    float unit = 1.44269504f * static_cast<float>(args.softmax_scale); // of scores, in log2: products where plain
+    if constexpr (kModified) {
+        const MmaScoreRule rule(args, seq, b, h);
+        unit = 1.44269504f * rule.unit;
+        if (threadIdx.x == 0) smem.rule = rule;
+    }
+    const auto staged_bias = [&] { // this warp's part, of a turn
+        return StagedBias<typename T::BiasTile>{order.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
+                                                col_warp * T::kWarpKeys};
+    };
+    const auto copy_bias = [&](int64_t head_at, int n0) {
+        if (order.stages_bias)
+            staged_bias().template copy<T::kWarpRows, T::kWarpKeys>(args.bias, head_at, warp_row0, row_end,
+                                                                    n0 + col_warp * T::kWarpKeys, key_end);
+    };
+
+    float acc_o[kMTiles][kOTiles][4] = {};
+    float row_max[kMTiles][2], row_sum[kMTiles][2] = {}; // of this thread's columns
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) row_max[i][0] = row_max[i][1] = -infinity(0.0f);
+
+    using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>>;
+    const auto copy_of = [&](const fa_tensor &t, const char *head, int64_t width, int n0) {
+        return KeyCopy(head, t.stride_l, width, n0, len_k);
+    };
+    TileCopy<T::kThreads, decltype(smem.q)>(q.data, args.q.stride_l, args.head_dim, row0, row_end).all(smem.q);
+    copy_of(args.k, k.data, args.head_dim, key_first).all(smem.k[0]);
+    copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
+    if constexpr (kModified) copy_bias(b * args.bias.stride_b + h * args.bias.stride_h, key_first);
+    cp_async_commit();
+
+    const auto place_q = M::place_a(smem.q, row_warp * T::kWarpRows);
+    auto place_k = M::place_b(smem.k[0], col_warp * T::kWarpKeys);
+    auto place_v = M::place_b_transposed(smem.v[0], 0, 2 * col_warp);
+    typename M::A kept_q[T::kKeepsQ ? kMTiles : 1][T::kDim / M::kDepth];
+
+    for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads(); // K and V are there, and those of the turn before were read
+        if constexpr (T::kKeepsQ) {
+            if (n0 == key_first)
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                    for (int d = 0; d < T::kDim; d += M::kDepth)
+                        M::load_a(kept_q[i][d / M::kDepth], place_q, 16 * i, d);
+        }
+        const auto keys = smem.keys[warp];
+        // The next turn's K and V; zeros after the last.
+        if (n0 >= keys.some.hi || n0 + T::kBlockN <= keys.some.lo) {
+            copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN).all(smem.k[stage ^ 1]);
+            copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN).all(smem.v[stage ^ 1]);
+            if constexpr (kModified) copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
+        } else {
+            KeyCopy copy_k = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN);
+            const auto copy_keys = [&](int d) {
+#pragma unroll
+                for (int n = 0; n < KeyCopy::kCopies; ++n)
+                    if (n * T::kDim / KeyCopy::kCopies / M::kDepth == d / M::kDepth) copy_k.part(smem.k[stage ^ 1], n);
+            };
+            float acc_s[kMTiles][kNTiles][4] = {};
+            if constexpr (kFloat) {
+                multiply_rows<T::kDim>(acc_s, place_q, place_k, copy_keys);
+            } else {
+#pragma unroll
+                for (int d = 0; d < T::kDim; d += M::kDepth) {
+                    typename M::A a[kMTiles];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        if constexpr (T::kKeepsQ)
+                            a[i] = kept_q[i][d / M::kDepth];
+                        else
+                            M::load_a(a[i], place_q, 16 * i, d);
+                    }
+#pragma unroll
+                    for (int n = 0; n < T::kWarpKeys; n += 16) {
+                        typename M::B key[2];
+                        M::load_b(key, place_k, d, n);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            M::multiply(acc_s[i][n / 8], a[i], key[0]);
+                            M::multiply(acc_s[i][n / 8 + 1], a[i], key[1]);
+                        }
+                    }
+                    copy_keys(d);
+                }
+            }
+
+            const int warp_n0 = n0 + col_warp * T::kWarpKeys;
+            const int thread_key = warp_n0 + lane % 4 * 2;
+            if constexpr (kModified) {
+                modify_scores<typename T::Element, false>(
+                    acc_s, args, smem.seq, smem.rule, thread_row, thread_key, [](int, int, int, float) {},
+                    staged_bias());
+            }
+            if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
+                hide_scores<false>(acc_s, args, smem.seq, thread_row, thread_key);
+
+            // Whether a row's maximum left the slack behind.
+            float new_max[kMTiles][2];
+            bool grew = false;
+#pragma unroll
+            for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float most = -infinity(0.0f);
+#pragma unroll
+                    for (int j = 0; j < kNTiles; ++j)
+                        most = fmaxf(most, fmaxf(acc_s[i][j][2 * half], acc_s[i][j][2 * half + 1]));
+                    new_max[i][half] = most;
+                    grew |= (most - row_max[i][half]) * unit > kSlack;
+                }
+            grew = __any_sync(~0u, grew);
+            const auto follow = [&](int i, int half, float most) {
+                most = fmaxf(most, row_max[i][half]);
+                const float rescale = most == -infinity(0.0f) ? 1.0f : ex2_approx((row_max[i][half] - most) * unit);
+                row_max[i][half] = most;
+                row_sum[i][half] *= rescale;
+#pragma unroll
+                for (int j = 0; j < kOTiles; ++j)
+                    acc_o[i][j][2 * half] *= rescale, acc_o[i][j][2 * half + 1] *= rescale;
+            };
+            if constexpr (T::kColWarps == 1) {
+                if (grew)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) follow(i, half, row_max_of<4>(new_max[i][half]));
+            } else {
+                // The pair's other warp has the other keys of the row.
+                auto &mine = smem.exchange.row_max[col_warp];
+                const int row = row_warp * T::kWarpRows + lane / 4;
+                if (lane == 0) smem.exchange.grew[row_warp][col_warp] = grew;
+                if (grew)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            new_max[i][half] = row_max_of<4>(new_max[i][half]);
+                            if (lane % 4 == 0) mine[row + 16 * i + 8 * half] = new_max[i][half];
+                        }
+                barrier_wait(1 + row_warp, 64); // both maxima are there; P of the turn before was read
+                const bool other_grew = smem.exchange.grew[row_warp][1 - col_warp];
+                if (grew || other_grew)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            float most = grew ? new_max[i][half] : -infinity(0.0f);
+                            if (other_grew)
+                                most = fmaxf(most, smem.exchange.row_max[1 - col_warp][row + 16 * i + 8 * half]);
+                            follow(i, half, most);
+                        }
+            }
+
+            float shift[kMTiles][2], unit_now = unit;
+            bool is_far = false;
+#pragma unroll
+            for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) { // no key yet: 2^(-inf - 0) = 0
+                    shift[i][half] = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half] * unit;
+                    is_far |= !(fabsf(shift[i][half]) < kFar);
+                }
+            if (__any_sync(~0u, is_far)) { // rounding the shift would move P by powers of 2
+                unit_now = 1;
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+                        shift[i][half] = 0;
+#pragma unroll
+                        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                            for (int e = 2 * half; e < 2 * half + 2; ++e)
+                                acc_s[i][j][e] = (acc_s[i][j][e] - most) * unit;
+                    }
+            }
+            // P of 16 keys, as the A of M::kDepth each.
+            const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) {
+                    float (&left)[4] = acc_s[i][2 * step], (&right)[4] = acc_s[i][2 * step + 1];
+#pragma unroll
+                    for (int entry = 0; entry < 8; ++entry) {
+                        float &s = entry < 4 ? left[entry] : right[entry - 4];
+                        s = ex2_approx(fmaf(s, unit_now, -shift[i][entry / 2 % 2]));
+                        row_sum[i][entry / 2 % 2] += s;
+                    }
+                    if constexpr (kModified && kFloat)
+                        if (drops) drop(left, right, smem.rule, warp_row0 + 16 * i, warp_n0 + 16 * step);
+                    M::from_scores(p[i], left, right);
+                    if constexpr (kModified && !kFloat)
+                        if (drops) drop(p[i][0], smem.rule, warp_row0 + 16 * i, warp_n0 + 16 * step);
+                }
+            };
+            KeyCopy copy_v = copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN);
+            const auto copy_values = [&](int step) {
+#pragma unroll
+                for (int n = 0; n < KeyCopy::kCopies; ++n)
+                    if (n * (T::kBlockN / 16) / KeyCopy::kCopies == step) copy_v.part(smem.v[stage ^ 1], n);
+                if constexpr (kModified)
+                    if (step == 1) {  // registers of scores are free
+                        __syncwarp(); // the bias was read
+                        copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
+                    }
+            };
+            const auto multiply_values = [&](const bool drops) {
+                if constexpr (T::kColWarps == 1) {
+#pragma unroll
+                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+                        probabilities(drops, p, step);
+                        if constexpr (kFloat)
+                            add_product(acc_o, p, place_v, 16 * step);
+                        else
+                            add_product<T>(acc_o, p, place_v, 16 * step);
+                        copy_values(step);
+                    }
+                } else {
+                    const int row = row_warp * T::kWarpRows + lane / 4;
+                    auto &tile = smem.exchange.p;
+#pragma unroll
+                    for (int step = 0; step < T::kWarpKeys / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+                        probabilities(drops, p, step);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                            for (int n = 0; n < 4; ++n) {
+                                auto *at = tile.at(row + 16 * i + n % 2 * 8,
+                                                   (col_warp * T::kWarpKeys + 16 * step) / 8 + n / 2);
+                                store_shared(shared_address(at) + lane % 4 * 4, p[i][0].x[n]);
+                            }
+                    }
+                    barrier_wait(1 + row_warp, 64); // P is there
+                    const auto place_p = M::place_a(tile, row_warp * T::kWarpRows);
+#pragma unroll
+                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
+                        add_product<T>(acc_o, p, place_v, 16 * step);
+                        copy_values(step);
+                    }
+                }
+            };
+            if constexpr (kModified) {
+                if (smem.rule.dropout_threshold != 0)
+                    multiply_values(true);
+                else
+                    multiply_values(false);
+            } else {
+                multiply_values(false);
+            }
+        }
+        cp_async_commit();
+        const int stage_bytes = stage ? -static_cast<int>(sizeof smem.k[0]) : static_cast<int>(sizeof smem.k[0]);
+        place_k.address += stage_bytes, place_v.address += stage_bytes;
+    }
+    cp_async_wait<0>();
+    __syncthreads(); // no copy is under way, Q was read: O takes its place
+
+    // O / l, in the place of Q, whose rows this warp alone, or with its pair, has read.
+    if constexpr (T::kColWarps == 2) {
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                row_sum[i][half] = row_sum_of<4>(row_sum[i][half]);
+                if (lane % 4 == 0)
+                    smem.exchange.row_sum[col_warp][row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4] =
+                        row_sum[i][half];
+            }
+        barrier_wait(1 + row_warp, 64); // both sums are there, Q was read
+    }
+    float natural = static_cast<float>(args.softmax_scale); // a score of 1
+    if constexpr (kModified) natural = smem.rule.unit;
+    const bool has_sink = args.sinks.data != nullptr;
+    const float sink = has_sink ? load_per_head<float>(args.sinks, 0, h) : -infinity(0.0f);
+    const float keep = static_cast<float>(1 / (1 - args.dropout_p));
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int r = row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4; // in the block
+            float sum, most = row_max[i][half] * natural;
+            if constexpr (T::kColWarps == 2)
+                sum = row_sum[i][half] + smem.exchange.row_sum[1 - col_warp][r];
+            else
+                sum = row_sum_of<4>(row_sum[i][half]);
+            float rescale = 1;
+            if (has_sink && sink != -infinity(0.0f)) {
+                const float higher = fmaxf(most, sink);
+                rescale = exp_of(most - higher);
+                sum = sum * rescale + exp_of(sink - higher);
+                most = higher;
+            }
+            const float normalise = sum == 0 ? 0 : rescale * keep / sum; // a NaN stays one
+            if constexpr (kFloat) {
+                const Rows<float> o(args.o, FA_FLOAT32, smem.seq.batch_index, h, smem.seq.row_q, args.head_dim_v);
+#pragma unroll
+                for (int j = 0; j < kOTiles; j += 2) {
+                    const float4 x = M::four_columns(acc_o[i][j], acc_o[i][j + 1], half);
+                    const int column = 8 * j + lane % 4 * 4;
+                    if (row0 + r < row_end && column < args.head_dim_v)
+                        *reinterpret_cast<float4 *>(o.at(row0 + r, column)) =
+                            make_float4(x.x * normalise, x.y * normalise, x.z * normalise, x.w * normalise);
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < kOTiles; ++j) {
+                    const int column = T::kColWarps * (j / 2 * 2) + 2 * col_warp + j % 2;
+                    store_shared(
+                        shared_address(smem.q.at(r, column)) + lane % 4 * 4,
+                        M::round_pair(acc_o[i][j][2 * half] * normalise, acc_o[i][j][2 * half + 1] * normalise));
+                }
+            }
+            if (lane % 4 == 0 && col_warp == 0 && row0 + r < row_end)
+                store(args.lse.data, FA_FLOAT32,
+                      fa_row_offset(&args.lse, smem.seq.batch_index, h, smem.seq.row_q + row0 + r),
+                      sum == 0 ? -infinity(0.0f) : most + logf(sum));
+        }
+    if constexpr (!kFloat) {
+        if constexpr (T::kColWarps == 2)
+            barrier_wait(1 + row_warp, 64); // the rows are there
+        else
+            __syncwarp();
+        const Rows<float> o(args.o, kDtype<typename T::Element>, smem.seq.batch_index, h, smem.seq.row_q,
+                            args.head_dim_v);
+        constexpr int kColumns = T::kDim / 8;
+        for (int index = col_warp * 32 + lane; index < T::kWarpRows * kColumns; index += 32 * T::kColWarps) {
+            const int r = row_warp * T::kWarpRows + index / kColumns, column = index % kColumns;
+            if (row0 + r >= row_end || column * 8 >= args.head_dim_v) continue;
+            *reinterpret_cast<uint4 *>(o.at(row0 + r, column * 8)) =
+                *reinterpret_cast<const uint4 *>(smem.q.at(r, column));
+        }
+    }
+}
+
+template <typename T, bool kModified>
+static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
+    const int64_t heads = args->heads_q * args->batch, group = args->heads_q / args->heads_kv;
+    const int64_t head_bytes = args->seqlen_k * (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->dtype);
+    // Where rows are unequally long: the longest of many heads first. Else head by head.
+    const bool unequal = args->causal || args->window_left >= 0 || args->window_right >= 0;
+    const int64_t fitting = fa_clamp(kSectionBytes / fa_max(head_bytes, 1) * group, group, fa_max(heads, 1));
+    const ForwardOrder order = {static_cast<int>(unequal ? fitting : 1),
+                                shared_bytes > sizeof(typename T::template Smem<kModified>)};
+    return fa_launch("tensor core forward", tensor_core_forward<T, kModified>,
+                     fa_ceil_div(args->seqlen_q, T::kBlockM) * heads, T::kThreads, shared_bytes, fa_stream(args), *args,
+                     order);
+}
+
+// A 16-bit bias goes through shared memory where its rows are made of 16 bytes, aligned.
+static bool can_stage_bias(const fa_forward_args *args) {
+    const fa_bias &bias = args->bias;
+    const int64_t strides = bias.stride_b | bias.stride_h | bias.stride_q;
+    return bias.data && bias.dtype == args->dtype && fa_dtype_bytes(bias.dtype) == 2 && bias.stride_k == 1 &&
+           strides % 8 == 0 && reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
+}
+
+// Launches a tile that holds the rows and that the device has the shared memory for; false: neither.
+template <typename T, bool kModified>
+static bool try_tile(const fa_forward_args *args, fa_status *status) {
+    if (fa_max(args->head_dim, args->head_dim_v) > T::kDim) return false;
+    const void *kernel = reinterpret_cast<const void *>(tensor_core_forward<T, kModified>);
+    size_t shared_bytes = sizeof(typename T::template Smem<kModified>);
+    if (!fa_allow_shared(kernel, shared_bytes)) return false;
+    if (kModified && can_stage_bias(args) && fa_allow_shared(kernel, shared_bytes + sizeof(typename T::BiasTile)))
+        shared_bytes += sizeof(typename T::BiasTile);
+    *status = launch<T, kModified>(args, shared_bytes);
+    return true;
+}
+
+#endif
