@@ -63,7 +63,8 @@ struct BackwardTile {
         SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
         SwizzledTile<Element, kBlockN, kBlockM> ds[2]; // dS^T
         Fragments p[kKeyWarps][kHalves];
-        alignas(16) float lse[2][kBlockM], correction[2][kBlockM], delta[2][kBlockM];
+        alignas(16) float lse[2][kBlockM], delta[2][kBlockM]; // lse 0 where is_far
+        float far_lse[2][kBlockM], correction[2][kBlockM];
         Turn turns[8]; // of which five are in use
         std::conditional_t<kModified, Modified, Nothing> modified;
     };
@@ -145,8 +146,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const auto copy_row_values = [&](const typename T::Turn &turn, int stage) {
         const int i = threadIdx.x % T::kBlockM; // zeros beyond the end, as in Q and dO
         if (threadIdx.x < T::kBlockM) {
-            cp_async_4(&smem.lse[stage][i], turn.lse + i, turn.m0 + i < len_q);
-            cp_async_4(&smem.correction[stage][i], turn.correction + i, turn.m0 + i < len_q);
+            cp_async_4(&smem.lse[stage][i], turn.lse + i, turn.m0 + i < len_q && !is_far);
+            if (is_far) {
+                cp_async_4(&smem.far_lse[stage][i], turn.lse + i, turn.m0 + i < len_q);
+                cp_async_4(&smem.correction[stage][i], turn.correction + i, turn.m0 + i < len_q);
+            }
         } else if (threadIdx.x < 2 * T::kBlockM) {
             cp_async_4(&smem.delta[stage][i], turn.delta + i, turn.m0 + i < len_q);
         }
@@ -305,21 +309,23 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 rule, now_m0 + half * T::kWarpQueries + 16 * n,
                                 key0 + key_warp * T::kWarpKeys + 16 * i);
             }
-            if (!is_whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
-            if (is_far) { // no product of lse would be exact enough: S - lse is made on its own
+            if (!is_whole || is_far) {
+                if (!is_whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
+                if (is_far) { // no product of lse would be exact enough: S - lse is made on its own
 #pragma unroll
-                for (int j = 0; j < kNTiles; ++j)
+                    for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const float lse = smem.lse[stage][pair_row + 8 * j + e];
-                        const float correction = smem.correction[stage][pair_row + 8 * j + e];
+                        for (int e = 0; e < 2; ++e) {
+                            const float lse = smem.far_lse[stage][pair_row + 8 * j + e];
+                            const float correction = smem.correction[stage][pair_row + 8 * j + e];
 #pragma unroll
-                        for (int i = 0; i < kMTiles; ++i)
+                            for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                            for (int entry = e; entry < 4; entry += 2)
-                                acc_s[i][j][entry] = product(acc_s[i][j][entry], natural) - lse - correction;
-                    }
-                natural = 1;
+                                for (int entry = e; entry < 4; entry += 2)
+                                    acc_s[i][j][entry] = product(acc_s[i][j][entry], natural) - lse - correction;
+                        }
+                    natural = 1;
+                }
             }
             const float unit = natural * kLog2E;
             typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
@@ -328,7 +334,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                 for (int j = 2 * n; j < 2 * n + 2; ++j) {
                     const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
-                    const float shift[2] = {is_far ? 0 : lse.x * kLog2E, is_far ? 0 : lse.y * kLog2E};
+                    const float shift[2] = {lse.x * kLog2E, lse.y * kLog2E};
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

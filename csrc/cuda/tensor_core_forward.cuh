@@ -148,6 +148,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     float row_max[kMTiles][2], row_sum[kMTiles][2] = {}; // of this thread's columns
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) row_max[i][0] = row_max[i][1] = -infinity(0.0f);
+    // Whether an m of the warp is so large that rounding its product with unit would move P by powers of 2: scores are then
+    // made relative to it first.
+    bool is_far = false;
 
     using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>>;
     const auto copy_of = [&](const fa_tensor &t, const char *head, int64_t width, int n0) {
@@ -241,25 +244,44 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     grew |= (most - row_max[i][half]) * unit > kSlack;
                 }
             grew = __any_sync(~0u, grew);
-            const auto follow = [&](int i, int half, float most) {
-                most = fmaxf(most, row_max[i][half]);
-                const float rescale = most == -infinity(0.0f) ? 1.0f : ex2_approx((row_max[i][half] - most) * unit);
-                row_max[i][half] = most;
-                row_sum[i][half] *= rescale;
+            // Each row's m and what hangs on it follow its maximum; most(i, half): of this turn.
+            const auto follow = [&](const auto &most_of) {
+                bool reaches_far = false;
 #pragma unroll
-                for (int j = 0; j < kOTiles; ++j)
-                    acc_o[i][j][2 * half] *= rescale, acc_o[i][j][2 * half + 1] *= rescale;
+                for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float most = fmaxf(most_of(i, half), row_max[i][half]);
+                        const float rescale =
+                            most == -infinity(0.0f) ? 1.0f : ex2_approx((row_max[i][half] - most) * unit);
+                        row_max[i][half] = most;
+                        row_sum[i][half] *= rescale;
+#pragma unroll
+                        for (int j = 0; j < kOTiles; ++j)
+                            acc_o[i][j][2 * half] *= rescale, acc_o[i][j][2 * half + 1] *= rescale;
+                        reaches_far |= most != -infinity(0.0f) && !(fabsf(most * unit) < kFar);
+                    }
+                is_far = is_far || __any_sync(~0u, reaches_far);
+                if (!is_far) return;
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+#pragma unroll
+                        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                            for (int e = 2 * half; e < 2 * half + 2; ++e)
+                                acc_s[i][j][e] = (acc_s[i][j][e] - most) * unit;
+                    }
             };
             if constexpr (T::kColWarps == 1) {
-                if (grew)
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half) follow(i, half, row_max_of<4>(new_max[i][half]));
+                if (grew || is_far) follow([&](int i, int half) { return row_max_of<4>(new_max[i][half]); });
             } else {
                 // The pair's other warp has the other keys of the row.
                 auto &mine = smem.exchange.row_max[col_warp];
                 const int row = row_warp * T::kWarpRows + lane / 4;
+                grew = grew || is_far;
                 if (lane == 0) smem.exchange.grew[row_warp][col_warp] = grew;
                 if (grew)
 #pragma unroll
@@ -272,41 +294,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 barrier_wait(1 + row_warp, 64); // both maxima are there; P of the turn before was read
                 const bool other_grew = smem.exchange.grew[row_warp][1 - col_warp];
                 if (grew || other_grew)
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half) {
-                            float most = grew ? new_max[i][half] : -infinity(0.0f);
-                            if (other_grew)
-                                most = fmaxf(most, smem.exchange.row_max[1 - col_warp][row + 16 * i + 8 * half]);
-                            follow(i, half, most);
-                        }
+                    follow([&](int i, int half) {
+                        const float most = grew ? new_max[i][half] : -infinity(0.0f);
+                        return other_grew
+                                   ? fmaxf(most, smem.exchange.row_max[1 - col_warp][row + 16 * i + 8 * half])
+                                   : most;
+                    });
             }
-
-            float shift[kMTiles][2], unit_now = unit;
-            bool is_far = false;
+            const float unit_now = is_far ? 1.0f : unit;
+            float shift[kMTiles][2];
 #pragma unroll
             for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) { // no key yet: 2^(-inf - 0) = 0
-                    shift[i][half] = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half] * unit;
-                    is_far |= !(fabsf(shift[i][half]) < kFar);
-                }
-            if (__any_sync(~0u, is_far)) { // rounding the shift would move P by powers of 2
-                unit_now = 1;
-#pragma unroll
-                for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
-                        shift[i][half] = 0;
-#pragma unroll
-                        for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-                            for (int e = 2 * half; e < 2 * half + 2; ++e)
-                                acc_s[i][j][e] = (acc_s[i][j][e] - most) * unit;
-                    }
-            }
+                for (int half = 0; half < 2; ++half) // no key yet: 2^(-inf - 0) = 0
+                    shift[i][half] = is_far || row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half] * unit;
             // P of 16 keys, as the A of M::kDepth each.
             const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
 #pragma unroll
