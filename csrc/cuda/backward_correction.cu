@@ -1,8 +1,8 @@
 // What a row's lse lost to rounding: correction = ln of the row's sum of e^(S - lse), which would be 0.
 //
-// A float32 lse, and so P = e^(S - lse), is off by up to 2^-24 |lse|: where |lse| is large, by more than anything else in
-// the arithmetic on float32 inputs. Rows of 16-bit inputs are not summed again: up to |lse| = 2^12 their results are
-// rounded by more. A float64 lse is exact enough.
+// A float32 lse, and so P = e^(S - lse), is off by up to 2^-24 |lse|: where |lse| is large, by more than all else in the
+// arithmetic on float32 inputs. Rows of 16-bit inputs are not summed again: up to |lse| = 2^12 their results are rounded
+// by more. A float64 lse is exact enough.
 #include "cuda/backward.cuh"
 
 enum { kTileRows = 4, kTileCols = 8, kBlockM = 64, kBlockN = 64 }; // of S, where it is needed
