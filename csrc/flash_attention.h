@@ -122,7 +122,8 @@ typedef struct fa_backward_args {
     int32_t deterministic;      // 1: the same inputs give the same bits on every run (on the CPU they always do)
 } fa_backward_args;
 
-// Scratch that the call needs, a function of shape, options, worker count and which pointers are NULL; none is followed.
+// Scratch that the call needs. No pointer is followed, but as some kernels need aligned rows, it depends not only on shape,
+// options and worker count, but on strides and addresses, too: on which are NULL, and on what the others are aligned to.
 fa_status fa_forward_workspace_bytes(const fa_forward_args *args, size_t *bytes);
 fa_status fa_backward_workspace_bytes(const fa_backward_args *args, size_t *bytes);
 
@@ -146,7 +147,7 @@ typedef struct fa_kernel_info {
 int32_t fa_kernel_count(void);
 fa_status fa_kernel_describe(int32_t index, fa_kernel_info *info);
 // Writes what fa_forward (or fa_backward) would do with kernel `index`: "chosen", "slower", or every reason for refusing.
-// size: of text, in bytes; a longer text is cut. Pointers are not read.
+// size: of text, in bytes; a longer text is cut. No pointer is followed, but what an address is aligned to counts.
 fa_status fa_kernel_verdict(int32_t index, const fa_forward_args *args, fa_pass pass, char *text, size_t size);
 
 // Names, for tables and messages. parse: FA_ERROR_VALUE for a name that is none.

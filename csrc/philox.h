@@ -15,16 +15,24 @@
 
 enum { kPhiloxRounds = 7 };
 
+static FA_HOST_DEVICE void fa_philox_round(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+    const uint64_t product0 = (uint64_t)0xD2511F53u * counter[0];
+    const uint64_t product1 = (uint64_t)0xCD9E8D57u * counter[2];
+    counter[0] = (uint32_t)(product1 >> 32) ^ counter[1] ^ key0;
+    counter[1] = (uint32_t)product1;
+    counter[2] = (uint32_t)(product0 >> 32) ^ counter[3] ^ key1;
+    counter[3] = (uint32_t)product0;
+}
+
+static FA_HOST_DEVICE void fa_philox_next_key(uint32_t *key0, uint32_t *key1) {
+    *key0 += 0x9E3779B9u; // golden ratio
+    *key1 += 0xBB67AE85u; // sqrt(3) - 1
+}
+
 static FA_HOST_DEVICE void fa_philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     for (int round = 0; round < kPhiloxRounds; ++round) {
-        const uint64_t product0 = (uint64_t)0xD2511F53u * counter[0];
-        const uint64_t product1 = (uint64_t)0xCD9E8D57u * counter[2];
-        counter[0] = (uint32_t)(product1 >> 32) ^ counter[1] ^ key0;
-        counter[1] = (uint32_t)product1;
-        counter[2] = (uint32_t)(product0 >> 32) ^ counter[3] ^ key1;
-        counter[3] = (uint32_t)product0;
-        key0 += 0x9E3779B9u; // golden ratio
-        key1 += 0xBB67AE85u; // sqrt(3) - 1
+        fa_philox_round(counter, key0, key1);
+        fa_philox_next_key(&key0, &key1);
     }
 }
 

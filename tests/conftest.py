@@ -3,6 +3,7 @@ write, or reads before it writes, shows. Here too: which devices and kernels the
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
@@ -14,30 +15,55 @@ import torch  # noqa: E402
 
 from flash_attention import _C  # noqa: E402
 
-from .checks import FORWARD_ONLY, NO_FLOAT64  # noqa: E402
+from .cases import Case  # noqa: E402
+from .checks import FORWARD_ONLY, promises, serves  # noqa: E402
 
 IMPLS = {device: (*(impl for impl, on in _C.kernels() if on == device), "auto") for device in ("cpu", "cuda")}
 HAS_CUDA = torch.cuda.is_available() and len(IMPLS["cuda"]) > 1  # a GPU, and kernels for it
 DEVICES = ["cpu", *[pytest.param("cuda", marks=pytest.mark.gpu)] * HAS_CUDA]
 
 
+def _kernels(without: tuple[str, ...], backward: bool) -> Iterator[tuple[str, str]]:
+    left_out = (*without, *FORWARD_ONLY) if backward else without
+    for device in ("cpu", "cuda")[: 1 + HAS_CUDA]:
+        yield from ((device, impl) for impl in IMPLS[device] if impl not in left_out)
+
+
+def _row(device: str, *values: object) -> Any:
+    return pytest.param(device, *values, marks=[pytest.mark.gpu] * (device == "cuda"))
+
+
 def each_kernel(*without: str, backward: bool = False) -> pytest.MarkDecorator:
     """Parametrises `device` and `impl`: every kernel but those named; with `backward`, those that have one."""
-    left_out = (*without, *FORWARD_ONLY) if backward else without
+    return pytest.mark.parametrize(("device", "impl"), [_row(*kernel) for kernel in _kernels(without, backward)])
+
+
+def each_kernel_and_dtype(*without: str, backward: bool = False) -> pytest.MarkDecorator:
+    """Also `dtype`: float32 where the kernel takes it, and float16 where its 16 bits have arithmetic of their own.
+
+    With float16 `auto` on a GPU may be one kernel forward and another backward.
+    """
     return pytest.mark.parametrize(
-        ("device", "impl"),
+        ("device", "impl", "dtype"),
         [
-            pytest.param(device, impl, marks=[pytest.mark.gpu] * (device == "cuda"))
-            for device in ("cpu", "cuda")[: 1 + HAS_CUDA]
-            for impl in IMPLS[device]
-            if impl not in left_out
+            _row(device, impl, dtype)
+            for device, impl in _kernels(without, backward)
+            for dtype in (torch.float32, torch.float16)
+            if promises(impl, dtype)
+            and (dtype == torch.float32 or device == "cuda" and impl in ("tensor_core", "auto"))
         ],
     )
 
 
-def skip_unless_served(impl: str, dtype: str | torch.dtype) -> None:
-    if impl in NO_FLOAT64 and dtype in ("f64", torch.float64):
-        pytest.skip(f"{impl} takes no float64")
+def near(dtype: torch.dtype, factor: float = 4) -> dict[str, float]:
+    """Tolerances of assert_close for numbers around 1: float32 as it has them itself, float16 `factor` roundings."""
+    return {"rtol": 0, "atol": factor * torch.finfo(dtype).eps} if dtype == torch.float16 else {}
+
+
+def skip_unless_served(impl: str, call: Case | str | torch.dtype, *head_dims: int) -> None:
+    """call: a case, or a dtype with rows as torch allocates them."""
+    if not (serves(impl, call) if isinstance(call, Case) else promises(impl, call, *head_dims)):
+        pytest.skip(f"{impl} does not take this")
 
 
 def pytest_report_header() -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm  # noqa: E402
 from flash_attention import _C  # noqa: E402
 
 from .cases import Case  # noqa: E402
-from .checks import assert_correct, run  # noqa: E402
+from .checks import assert_correct, run, serves  # noqa: E402
 
 _TILES = (8, 16, 32, 64, 128, 256)
 _WORK = {"cpu": 4e6, "cuda": 4e8}  # most score entries x (D + Dv) of a case
@@ -98,12 +98,12 @@ def random_case(seed: int, number: int, device: str = "cpu") -> Case:
 
 
 def failure(seed: int, number: int, device: str, impl: str) -> str | None:
-    """None, or what went wrong and the command that repeats it. A kernel may refuse: that is no failure."""
+    """None, or what went wrong and the command that repeats it. A kernel may refuse what it does not promise."""
     case = random_case(seed, number, device)
     try:
         assert_correct(run(case.inputs(device), impl), case, device)
     except Exception as error:
-        if impl != "auto" and "cannot serve this request" in str(error):
+        if not serves(impl, case) and "cannot serve this request" in str(error):
             return None
         command = f"python -m tests.fuzz --seed {seed} --first {number} --cases 1 --device {device} --impl {impl}"
         return f"{command}\n{case!r}\n{type(error).__name__}: {error}"

@@ -42,6 +42,21 @@ def _cases() -> Iterator[Case]:
         dtype = ("f32", "bf16", "f16", "f64")[n % 4]
         yield case(dtype, dim, dim_v, **wide, bias="1hqk", softcap=2.0 * (n % 2))
         yield case("f32", dim, dim_v, **wide, packed=True, causal=True, window=(90, 3))
+    # 16 bits, whose tiles on tensor cores are 32 ... 256 wide, 128 rows high and 64 keys long; lengths around them.
+    lengths = ((1, 193), (63, 64), (64, 63), (65, 129), (127, 128), (128, 65), (129, 127), (193, 1))
+    dims = ((8, 24), (24, 8), (40, 72), (72, 40), (96, 104), (104, 96), (136, 160), (160, 136), (192, 200), (200, 192))
+    for n, (dim, dim_v) in enumerate((*dims, (256, 64), (64, 256), (256, 256))):
+        call = {"dtype": ("bf16", "f16")[n % 2], "head_dim": dim, "head_dim_v": dim_v, "heads_q": 4, "heads_kv": 2}
+        seqlen_q, seqlen_k = lengths[n % 8]
+        yield case(**call, batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=n % 4 < 2)
+        seqlen_q, seqlen_k = lengths[(n + 3) % 8]
+        each = {"lengths_q": (seqlen_q, seqlen_q // 2, 0), "lengths_k": (seqlen_k, 0, seqlen_k)}
+        window = ((65, 3), (-1, 64), (128, -1), (0, 0))[n % 4]
+        yield case(**call, **each, packed=True, window=window, sinks=n % 3 == 0, causal=n % 4 > 1)
+        seqlen_q, seqlen_k = lengths[(n + 6) % 8]
+        each = {"lengths_q": (seqlen_q, seqlen_q // 2), "lengths_k": (seqlen_k // 2, seqlen_k)}
+        modified = {"bias": "bhqk", "alibi": "bh", "sinks": True, "dropout_p": 0.1, "softcap": 3.0 * (n % 2)}
+        yield case(**call, **each, **modified, seqlen_q=seqlen_q, seqlen_k=seqlen_k, layout=("bhld", "blhd")[n % 2])
     # Each feature alone and a few together, in every dtype.
     for dtype in DTYPES:
         feature = {"dtype": dtype, "head_dim": 64, "seqlen_q": 65, "seqlen_k": 97}
@@ -97,6 +112,7 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, 64, **far, heads_q=4, heads_kv=2, seqlen_q=70, seqlen_k=130, dropout_p=0.1, causal=True)
     for scale in (0.0, -1.0, 3.0):
         yield case(softmax_scale=scale, seqlen_k=70)
+        yield case("bf16", 64, softmax_scale=scale, seqlen_q=130, seqlen_k=70, causal=True)
     # Padded and packed: empty sequences, single rows, longer and shorter than a tile.
     for dtype in ("f32", "f16"):
         yield case(dtype, batch=4, lengths_k=(0, 1, 33, 70), seqlen_k=70, causal=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .checks import run
-from .conftest import each_kernel, skip_unless_served
+from .checks import run, serves
+from .conftest import IMPLS, each_kernel, skip_unless_served
 
 REPEATS = int(os.environ.get("FLASH_ATTENTION_TEST_REPEATS", "20"))
 
@@ -40,6 +40,14 @@ LONG = (
     Case("bf16", 128, heads_q=8, heads_kv=2, seqlen_q=1024, seqlen_k=1024, causal=True, dropout_p=0.1, bias="1hqk"),
     Case("f32", 64, heads_q=16, seqlen_q=777, seqlen_k=1500, alibi="h", sinks=True),
     Case("f16", 256, batch=1, heads_q=4, seqlen_q=500, seqlen_k=2000, window=(700, 100), softcap=10.0),
+    # Each tile of tensor cores, plain and with modified scores.
+    Case("f16", 32, heads_q=32, seqlen_q=1000, seqlen_k=1500, causal=True, sinks=True),
+    Case("bf16", 64, heads_q=32, heads_kv=4, seqlen_q=1500, seqlen_k=1000),
+    Case("bf16", 96, 72, heads_q=16, seqlen_q=700, seqlen_k=900, causal=True, alibi="bh", dropout_p=0.2),
+    Case("f16", 128, heads_q=16, packed=True, lengths_q=(900, 0, 70, 513), lengths_k=(1300, 64, 129, 0), causal=True),
+    Case("f16", 192, 128, heads_q=8, heads_kv=2, seqlen_q=700, seqlen_k=1300, window=(300, 64)),
+    Case("bf16", 200, heads_q=8, lengths_q=(600, 77), lengths_k=(300, 900), seqlen_q=600, seqlen_k=900, bias="1h1k"),
+    Case("bf16", 256, heads_q=8, seqlen_q=600, seqlen_k=1100, causal=True),
 )
 
 
@@ -84,18 +92,20 @@ def test_two_hundred_runs_give_the_same_bits(case: Case) -> None:
     ("impl", "case"),
     [
         (impl, case)
-        for impl in ("naive", "split", "fused")
-        for case in (*CASES, *LONG)
-        if impl != "naive" or case in CASES
+        for impl in ("naive", "split", "fused", "tensor_core")
+        for case in (*CASES, *(LONG[:3] if impl in ("split", "fused") else LONG if impl == "tensor_core" else ()))
+        if serves(impl, case)
     ],
     ids=lambda x: getattr(x, "id", x),
 )
 def test_two_hundred_runs_on_the_gpu_give_the_same_bits(impl: str, case: Case) -> None:
+    """Forward and backward of each kernel that has them."""
+    assert impl in IMPLS["cuda"]
     assert_repeated(case, "cuda", impl, 200)
 
 
 def assert_repeated(case: Case, device: str, impl: str, repeats: int) -> None:
-    skip_unless_served(impl, case.dtype)
+    skip_unless_served(impl, case)
     inputs = case.inputs(device)
     first = run(inputs, impl)
     for repeat in range(repeats):

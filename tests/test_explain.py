@@ -9,12 +9,16 @@ from torch import Tensor
 
 from flash_attention import _C, KernelVerdict, explain, flash_attention, workspace_bytes
 
-from .checks import FORWARD_ONLY
-from .conftest import each_kernel
+from .checks import FORWARD_ONLY, promises
+from .conftest import IMPLS, each_kernel_and_dtype, near
 
 
-def qkv(device: str) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(shape, device=device) for shape in ((1, 4, 30, 16), (1, 2, 40, 16), (1, 2, 40, 24)))
+def qkv(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    shapes = ((1, 4, 30, 16), (1, 2, 40, 16), (1, 2, 40, 24))
+    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -22,27 +26,37 @@ def test_there_is_one_verdict_for_each_kernel_of_the_build(backward: bool, devic
     rows = explain(*qkv(device), causal=True, backward=backward)
     assert all(isinstance(row, KernelVerdict) for row in rows)
     assert [(row.impl, row.device) for row in rows] == _C.kernels()
-    expected = {"cpu": {"reference", "naive", "fused"}, "cuda": {"naive", "split", "fused"}}[device]
+    expected = {"cpu": {"reference", "naive", "fused"}, "cuda": {"naive", "split", "fused", "tensor_core"}}[device]
     assert {row.impl for row in rows if row.device == device} >= expected
     assert all(isinstance(row.verdict, str) and row.verdict for row in rows)
 
 
+def test_few_kernels_have_no_backward() -> None:
+    assert FORWARD_ONLY <= {"split", "tensor_core"}
+
+
+@each_dtype
 @pytest.mark.parametrize("backward", [False, True])
-def test_auto_chooses_one_kernel_and_calls_the_others_slower_or_says_why(backward: bool, device: str) -> None:
-    extras = {"bias": torch.zeros(30, 40, device=device), "sinks": torch.zeros(4, device=device)}
-    rows = explain(*qkv(device), **extras, dropout_p=0.5, backward=backward)
+def test_auto_chooses_one_kernel_and_calls_the_others_slower_or_says_why(
+    backward: bool, dtype: torch.dtype, device: str
+) -> None:
+    extras = {"bias": torch.zeros(30, 40, dtype=dtype, device=device), "sinks": torch.zeros(4, device=device)}
+    rows = explain(*qkv(device, dtype), **extras, dropout_p=0.5, backward=backward)
     verdicts = {row.impl: row.verdict for row in rows if row.device == device}
-    refusing = {impl: verdicts.pop(impl) for impl in FORWARD_ONLY if backward and impl in verdicts}
-    assert all("has no backward" in verdict for verdict in refusing.values())
-    assert next(iter(verdicts)) == "fused"
+    for impl in [impl for impl in verdicts if not promises(impl, dtype)]:
+        assert str(dtype).removeprefix("torch.") in verdicts.pop(impl)
+    for impl in FORWARD_ONLY & verdicts.keys() if backward else ():
+        assert verdicts.pop(impl) == "has no backward"
+    fastest = "fused" if "tensor_core" not in verdicts else "tensor_core"
+    assert next(iter(verdicts)) == fastest
     assert list(verdicts.values()) == ["chosen"] + ["slower"] * (len(verdicts) - 1)
     elsewhere = [row for row in rows if row.device != device]
     assert all(f"runs on {row.device}, the tensors are on {device}" in row.verdict for row in elsewhere)
 
 
-@each_kernel("auto")
-def test_a_named_kernel_is_chosen(device: str, impl: str) -> None:
-    rows = explain(*qkv(device), impl=impl)
+@each_kernel_and_dtype("auto")
+def test_a_named_kernel_is_chosen(device: str, impl: str, dtype: torch.dtype) -> None:
+    rows = explain(*qkv(device, dtype), impl=impl)
     assert [(row.impl, row.device) for row in rows if row.verdict == "chosen"] == [(impl, device)]
 
 
@@ -60,15 +74,69 @@ def test_packed_sequences_are_explained(device: str) -> None:
     q = torch.randn(30, 2, 16, device=device)
     ends = torch.tensor([0, 10, 30], dtype=torch.int32, device=device)
     options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 20, "max_seqlen_k": 20}
-    assert [row.verdict for row in explain(q, q, q, **options) if row.device == device][0] == "chosen"
+    assert [row.verdict for row in explain(q, q, q, **options) if row.device == device].count("chosen") == 1
 
 
-def test_a_kernel_that_is_not_chosen_gives_the_same_answer(device: str) -> None:
-    q, k, v = qkv(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_kernel_that_is_not_chosen_gives_the_same_answer(dtype: torch.dtype, device: str) -> None:
+    q, k, v = qkv(device, dtype)
     expected = flash_attention(q, k, v, causal=True)
     for row in explain(q, k, v, causal=True):
         if row.verdict == "slower":
-            torch.testing.assert_close(flash_attention(q, k, v, causal=True, impl=row.impl), expected)
+            got = flash_attention(q, k, v, causal=True, impl=row.impl)
+            torch.testing.assert_close(got, expected, **near(dtype, 8))
+
+
+def rows_apart(x: Tensor, gap: int) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], x.shape[-1] + gap)[..., : x.shape[-1]]
+
+
+# What makes tensor cores refuse a call that they would serve, and the reasons; addresses and strides in bfloat16.
+ROWS = "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses)"
+BFLOAT16 = torch.bfloat16
+REFUSED: dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[str]]] = {
+    "float64": (lambda q, k, v: (q.double(), k.double(), v.double()), ["not float64"]),
+    "wide q and k": (
+        lambda q, k, v: (q.new_zeros(1, 4, 30, 264), k.new_zeros(1, 2, 40, 264), v),
+        ["up to 256, not 264"],
+    ),
+    "wide v": (lambda q, k, v: (q, k, v.new_zeros(1, 2, 40, 512)), ["up to 256, not 512"]),
+    "narrow q and k": (lambda q, k, v: (q[..., :12], k[..., :12], v), [ROWS]),
+    "odd v": (lambda q, k, v: (q, k, v[..., :7]), [ROWS]),
+    "rows of q apart": (lambda q, k, v: (rows_apart(q, 4), k, v), [ROWS]),
+    "rows of k apart": (lambda q, k, v: (q, rows_apart(k, 1), v), [ROWS]),
+    "address of q": (lambda q, k, v: (rows_apart(q, 8)[..., 4:12], k[..., :8], v), [ROWS]),
+    "address of v": (lambda q, k, v: (q, k, rows_apart(v, 8)[..., 1:17]), [ROWS]),
+    "everything": (
+        lambda q, k, v: (q.new_zeros(1, 4, 30, 300).double(), k.new_zeros(1, 2, 40, 300).double(), v.double()[..., :7]),
+        ["not float64", "up to 256, not 300", ROWS],
+    ),
+}
+
+
+@pytest.mark.skipif("tensor_core" not in IMPLS["cuda"], reason="this build has no tensor_core")
+@pytest.mark.parametrize("name", REFUSED)
+def test_tensor_cores_name_every_reason_and_auto_takes_another_kernel(name: str, device: str) -> None:
+    change, reasons = REFUSED[name]
+    verdicts = [
+        {(row.impl, row.device): row.verdict for row in explain(*tensors)}
+        for tensors in (qkv(device, BFLOAT16), change(*qkv(device, BFLOAT16)))
+    ]
+    elsewhere = [] if device == "cuda" else ["runs on cuda, the tensors are on cpu"]
+    assert verdicts[0]["tensor_core", "cuda"] == ("; ".join(elsewhere) or "chosen")
+    given = verdicts[1]["tensor_core", "cuda"].split("; ")
+    assert len(given) == len(elsewhere) + len(reasons)
+    assert all(reason in text for reason, text in zip(elsewhere + reasons, given, strict=True)), given
+    assert verdicts[1]["fused", device] == "chosen"
+
+
+@pytest.mark.gpu
+def test_an_unaligned_call_by_name_says_why_and_auto_serves_it() -> None:
+    q, k, v = qkv("cuda", BFLOAT16)
+    moved = rows_apart(k, 1).copy_(k)
+    with pytest.raises(ValueError, match="impl 'tensor_core' cannot serve this request: takes rows of whole 16 bytes"):
+        flash_attention(q, moved, v, impl="tensor_core")
+    assert torch.equal(flash_attention(q, moved, v), flash_attention(q, k, v, impl="fused"))
 
 
 # What replaces good arguments, made on a device.

@@ -6,7 +6,7 @@ import torch
 from flash_attention import flash_attention, flash_attention_varlen
 
 from .cases import Case
-from .conftest import each_kernel
+from .conftest import each_kernel, skip_unless_served
 
 SMALL = {"dtype": "f64", "head_dim": 3, "head_dim_v": 2, "heads_q": 4, "heads_kv": 2, "seqlen_q": 4, "seqlen_k": 5}
 FEATURES = {"softcap": 2.0, "alibi": "bh", "sinks": True}
@@ -23,6 +23,7 @@ CASES = (
 @each_kernel("auto", backward=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_gradients_agree_with_finite_differences(case: Case, device: str, impl: str) -> None:
+    skip_unless_served(impl, case)
     inputs = case.inputs(device)
     names = tuple(inputs.leaves)
     fixed = {name: x for name, x in inputs.options.items() if name not in names}

@@ -6,6 +6,8 @@ elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from flash_attention import flash_attention
 
 from .cases import Case
-from .checks import FORWARD_ONLY, assert_correct, run
+from .checks import FORWARD_ONLY, assert_correct, run, serves
 from .conftest import IMPLS, each_kernel
 
 ROWS = 70000  # more than a grid has in y or z
@@ -25,6 +27,8 @@ each_gpu_kernel = pytest.mark.parametrize("impl", [impl for impl in IMPLS["cuda"
 def test_many_heads_and_sequences(sizes: tuple[int, int, int], device: str, impl: str) -> None:
     batch, heads_q, heads_kv = sizes
     case = Case("f32", 8, batch=batch, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=1, seqlen_k=3, causal=True)
+    if not serves(impl, case):
+        case = dataclasses.replace(case, dtype="bf16")
     assert_correct(run(case.inputs(device), impl), case, device)
 
 
@@ -36,6 +40,20 @@ def test_more_tiles_than_a_grid_has_in_y(impl: str) -> None:
     last_o, last_lse = flash_attention(q[:, :, -1000:], k, v, return_lse=True, impl=impl)
     assert torch.equal(o[:, :, -1000:], last_o)
     assert torch.equal(lse[:, :, -1000:], last_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["fused", "tensor_core"])
+def test_the_most_rows_that_a_sequence_may_have(impl: str) -> None:
+    q = normal(1, 1, 1, 8).expand(-1, -1, 2**31 - 1, -1)  # o takes 32 GiB
+    k, v = normal(1, 1, 5, 8), normal(1, 1, 5, 8)
+    o, lse = flash_attention(q, k, v, return_lse=True, impl=impl)
+    one_o, one_lse = flash_attention(q[:, :, :1], k, v, return_lse=True, impl=impl)
+    for rows in (o[:, :, :1000], o[:, :, -1000:]):
+        assert torch.equal(rows, one_o.expand_as(rows))
+    for rows in (lse[:, :, :1000], lse[:, :, -1000:]):
+        assert torch.equal(rows, one_lse.expand_as(rows))
 
 
 def normal(*shape: int) -> Tensor:

@@ -5,6 +5,7 @@
 //
 //   backward_rows.cu          delta and lse, once a row
 //   backward_correction.cu    what rounding took from a float32 lse
+//   backward_heads.cu         d_alibi_slopes, d_sinks: a block owns a head
 //   backward_bias.cu          the sum of d_bias over its chunks, and how many there are
 #ifndef FA_BACKWARD_CUH
 #define FA_BACKWARD_CUH
@@ -19,15 +20,15 @@ struct RowValues {
     __device__ __forceinline__ Real correction_at(int64_t row) const { return correction ? correction[row] : Real(0); }
 };
 
-enum { kSlopeBlock = 64 }; // queries behind an element of slope_sums
-
 struct BackwardPlan {
     void *lse, *correction, *delta; // as RowValues
-    double *slope_sums;             // [batch][heads_q][seqlen_q / kSlopeBlock] of dS |i + offset - j|; NULL: not wanted
+    double *slope_sums;             // [batch][heads_q][slope_parts] of dS |i + offset - j|; NULL: not wanted
+    int64_t slope_parts;
     double *bias_sums; // [bias_chunks][elements of d_bias]; NULL: one chunk holds all, or d_bias is not wanted
     int64_t bias_chunks;
     int32_t *semaphores; // [semaphore_count], 0 after fa_backward_rows unless q has no rows; NULL: none
     int64_t semaphore_count;
+    int32_t *has_far_rows; // one of the semaphores: 1 if a row's |lse| is so large that it is corrected; NULL: not asked
     bool has_blind_rows; // rows with neither key nor sink are possible: their d_o, which may be anything, is taken as 0
 };
 
@@ -45,13 +46,23 @@ __device__ __forceinline__ const Real *blind_rows(const BackwardPlan &plan, cons
     return plan.has_blind_rows ? of_row.lse : nullptr;
 }
 
+// The sum over the block's threads, in thread 0, in a fixed order. partial: shared, one for each warp.
+__device__ __forceinline__ double block_sum(double x, double (&partial)[kWarps]) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_down_sync(~0u, x, step);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads(); // every warp's sum is there
+    return partial[0] + partial[1] + partial[2] + partial[3];
+}
+
 // Sets lse, correction, delta and has_blind_rows; bias_sums and bias_chunks. A plan begins as zeros.
 void fa_plan_backward_rows(const fa_backward_args *args, BackwardPlan *plan, fa_arena *arena);
 void fa_plan_backward_bias(const fa_backward_args *args, BackwardPlan *plan, fa_arena *arena);
+void fa_plan_backward_heads(const fa_backward_args *args, int64_t slope_parts, BackwardPlan *plan, fa_arena *arena);
 
 // Writes lse, correction and delta; clears the semaphores.
 fa_status fa_backward_rows(const fa_backward_args *args, const BackwardPlan &plan);
 fa_status fa_backward_correction(const fa_backward_args *args, const BackwardPlan &plan); // as a part of it
+fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan); // d_alibi_slopes, d_sinks
 // d_bias = the sum of bias_sums, where there are more chunks than one.
 fa_status fa_backward_add_bias_chunks(const fa_backward_args *args, const BackwardPlan &plan);
 // float16 and bfloat16, rows of whole 16 bytes, head_dim up to kMaxTensorCoreDim.

@@ -1,13 +1,13 @@
 // What a row's lse lost to rounding: correction = ln of the row's sum of e^(S - lse), which would be 0.
 //
-// A float32 lse, and so P = e^(S - lse), is off by up to 2^-24 |lse|: where |lse| is large, by more than all else in the
-// arithmetic on float32 inputs. Rows of 16-bit inputs are not summed again: up to |lse| = 2^12 their results are rounded
-// by more. A float64 lse is exact enough.
+// A float32 lse, and so P = e^(S - lse), is off by up to 2^-24 |lse|: where |lse| is large, by more than anything else in
+// the arithmetic on float32 inputs, and where it is very large, by more than 16-bit ones are rounded. A float64 lse is
+// exact enough.
 #include "cuda/backward.cuh"
 
 enum { kTileRows = 4, kTileCols = 8, kBlockM = 64, kBlockN = 64 }; // of S, where it is needed
 
-constexpr float kExactLse = 64; // a larger |lse| is corrected
+constexpr float kExactLse = 64, kExactLse16 = 4096; // a larger |lse| is corrected: of float32 inputs, of 16-bit ones
 
 // correction = ln sum e^(S - lse), over the keys of a row and its sink. of_row: holds lse.
 __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &seq, int64_t b, int64_t h, int64_t row0,
@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     bool is_inexact = false;
     if (threadIdx.x < kBlockM && row < row_end) {
         const float lse = of_row.lse[row];
-        is_inexact = lse != infinity(0.0f) && fabsf(lse) > kExactLse;
+        is_inexact = lse != infinity(0.0f) && fabsf(lse) > (forward.dtype == FA_FLOAT32 ? kExactLse : kExactLse16);
         of_row.correction[row] = 0;
     }
+    if (is_inexact && plan.has_far_rows) *plan.has_far_rows = 1;
     if (__syncthreads_or(is_inexact)) // and the zeros are there, which the sums replace
         sum_rows_again(forward, seq, b, h, row0, row_end, of_row, chunks);
 }

@@ -103,11 +103,12 @@ static fa_status launch(const fa_backward_args *args, const BackwardPlan &plan) 
 
 fa_status fa_backward_rows(const fa_backward_args *args, const BackwardPlan &plan) {
     switch (args->forward.dtype) {
-    case FA_FLOAT16: return launch<__half>(args, plan);
-    case FA_BFLOAT16: return launch<__nv_bfloat16>(args, plan);
     case FA_FLOAT64: return launch<double>(args, plan);
-    default: FA_CHECK(launch<float>(args, plan)); return fa_backward_correction(args, plan);
+    case FA_FLOAT16: FA_CHECK(launch<__half>(args, plan)); break;
+    case FA_BFLOAT16: FA_CHECK(launch<__nv_bfloat16>(args, plan)); break;
+    default: FA_CHECK(launch<float>(args, plan)); break;
     }
+    return fa_backward_correction(args, plan);
 }
 
 // Whether a row may see no key, as far as the host can tell (finite scores do not overflow).
@@ -125,7 +126,7 @@ void fa_plan_backward_rows(const fa_backward_args *args, BackwardPlan *plan, fa_
         forward->heads_q * (forward->cu_seqlens_q ? forward->total_q : forward->batch * forward->seqlen_q);
     const size_t row_bytes = static_cast<size_t>(rows * fa_dtype_bytes(fa_lse_dtype(forward)));
     plan->lse = fa_take(arena, row_bytes);
-    plan->correction = forward->dtype == FA_FLOAT32 ? fa_take(arena, row_bytes) : nullptr;
+    plan->correction = forward->dtype == FA_FLOAT64 ? nullptr : fa_take(arena, row_bytes);
     plan->delta = fa_take(arena, row_bytes);
     plan->has_blind_rows = may_have_blind_rows(forward);
 }

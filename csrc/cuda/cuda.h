@@ -20,10 +20,11 @@ FA_CUDA_FORWARD(naive);
 FA_CUDA_BACKWARD(naive);
 FA_CUDA_FORWARD(split);
 FA_CUDA_FORWARD(tensor_core);
+FA_CUDA_BACKWARD(tensor_core);
 FA_CUDA_FORWARD(fused);
 FA_CUDA_BACKWARD(fused);
 
-enum { kMaxTensorCoreDim = 256 }; // widest tile
+enum { kMaxTensorCoreDim = 256, kMaxTensorCoreLength = INT32_MAX - 1024 }; // widest tile; rows counted in int32 and a tile beyond
 
 // o = 0, lse = -inf (d_q = d_k = d_v = 0) in the rows that belong to no sequence, which no kernel visits.
 fa_status fa_cuda_fill_padding(const fa_forward_args *args);

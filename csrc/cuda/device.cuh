@@ -100,6 +100,9 @@ struct ScoreRule {
     }
 };
 
+// x, which all lanes of the warp have: told to the compiler, it needs no register of theirs.
+__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // A row's sum or maximum over the kLanesX neighbours that share it.
 template <int kLanesX, typename Real>
 __device__ __forceinline__ Real row_sum_of(Real x) {

@@ -12,16 +12,25 @@ static bool has_vectors(const fa_forward_args *args, const fa_tensor &t, int64_t
     return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && steps * fa_dtype_bytes(args->dtype) % 16 == 0;
 }
 
-static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_args *, fa_reasons *reasons) {
+static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_args *backward, fa_reasons *reasons) {
     if (args->dtype != FA_FLOAT16 && args->dtype != FA_BFLOAT16)
         fa_add_reason(reasons, "takes float16 and bfloat16, not %s", fa_dtype_name(args->dtype));
     if (fa_max(args->head_dim, args->head_dim_v) > kMaxTensorCoreDim)
         fa_add_reason(reasons, "takes head_dim up to %d, not %lld", kMaxTensorCoreDim,
                       static_cast<long long>(fa_max(args->head_dim, args->head_dim_v)));
-    if (!has_vectors(args, args->q, args->head_dim, args->heads_q) ||
-        !has_vectors(args, args->k, args->head_dim, args->heads_kv) ||
-        !has_vectors(args, args->v, args->head_dim_v, args->heads_kv) ||
-        !has_vectors(args, args->o, args->head_dim_v, args->heads_q))
+    if (fa_max(args->seqlen_q, args->seqlen_k) > kMaxTensorCoreLength)
+        fa_add_reason(reasons, "takes sequences of up to %d rows, not %lld", kMaxTensorCoreLength,
+                      static_cast<long long>(fa_max(args->seqlen_q, args->seqlen_k)));
+    bool vectors = has_vectors(args, args->q, args->head_dim, args->heads_q) &&
+                   has_vectors(args, args->k, args->head_dim, args->heads_kv) &&
+                   has_vectors(args, args->v, args->head_dim_v, args->heads_kv) &&
+                   has_vectors(args, args->o, args->head_dim_v, args->heads_q);
+    if (backward)
+        vectors = vectors && has_vectors(args, backward->d_o, args->head_dim_v, args->heads_q) &&
+                  has_vectors(args, backward->d_q, args->head_dim, args->heads_q) &&
+                  has_vectors(args, backward->d_k, args->head_dim, args->heads_kv) &&
+                  has_vectors(args, backward->d_v, args->head_dim_v, args->heads_kv);
+    if (!vectors)
         fa_add_reason(reasons, "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses)");
 }
 
@@ -61,6 +70,7 @@ static fa_backward_args cut(const fa_backward_args *args) {
         return fa_cuda_##NAME##_backward(&within);                                                                     \
     }
 CUDA_KERNEL(tensor_core)
+CUDA_KERNEL_BACKWARD(tensor_core)
 CUDA_KERNEL(fused)
 CUDA_KERNEL_BACKWARD(fused)
 CUDA_KERNEL(split)
@@ -72,8 +82,8 @@ static const fa_kernel kRows[] = {
      refuse_tensor_core,
      tensor_core_forward_bytes,
      tensor_core_forward,
-     nullptr,
-     nullptr}, // mma.sync
+     tensor_core_backward_bytes,
+     tensor_core_backward}, // mma.sync
     {{FA_FUSED, FA_CUDA, "fused"},
      nullptr,
      fused_forward_bytes,

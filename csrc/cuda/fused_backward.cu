@@ -1,50 +1,12 @@
-// The fused backward: the workspace, the order of the kernels, and the gradients that belong to a head.
+// The fused backward: the workspace, and the order of the kernels.
 #include "cuda/fused_backward.cuh"
-
-// d_sinks_h = -sum over the rows of head h of e^(sink - lse) delta, d_slope_h = -sum of dS |i + offset - j|: a block a head.
-template <typename Real>
-__global__ void __launch_bounds__(kThreads)
-    fused_backward_heads(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
-    __shared__ double partial[kWarps];
-    const fa_forward_args &forward = args.forward;
-    const int64_t h = blockIdx.x, m_blocks = fa_ceil_div(forward.seqlen_q, kSlopeBlock);
-    const bool wants_slopes = args.d_alibi_slopes.data != nullptr;
-    const Real sink = args.d_sinks.data ? load_per_head<Real>(forward.sinks, 0, h) : Real(0);
-    double d_sink = 0, d_slope = 0; // of this thread
-    for (int64_t b = 0; b < forward.batch; ++b) {
-        const fa_sequence seq = fa_sequence_at(&forward, b);
-        const RowValues<Real> of_row = row_values<Real>(forward, seq, plan, b, h);
-        for (int64_t row = threadIdx.x; args.d_sinks.data && row < seq.len_q; row += kThreads)
-            d_sink -= static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction_at(row))) *
-                      static_cast<double>(of_row.delta[row]);
-        for (int64_t m = threadIdx.x; wants_slopes && m < m_blocks; m += kThreads)
-            d_slope -= plan.slope_sums[(b * forward.heads_q + h) * m_blocks + m];
-        if (wants_slopes && (args.d_alibi_slopes.stride_b || b == forward.batch - 1)) {
-            const double sum = block_sum(d_slope, partial);
-            if (threadIdx.x == 0)
-                store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype,
-                      b * args.d_alibi_slopes.stride_b + h * args.d_alibi_slopes.stride_h, sum);
-            d_slope = 0;
-            __syncthreads(); // the sum was read
-        }
-    }
-    if (args.d_sinks.data) {
-        const double sum = block_sum(d_sink, partial);
-        if (threadIdx.x == 0) store(args.d_sinks.data, args.d_sinks.dtype, h * args.d_sinks.stride_h, sum);
-    }
-    if (forward.batch == 0 && wants_slopes && !args.d_alibi_slopes.stride_b && threadIdx.x == 0)
-        store(args.d_alibi_slopes.data, args.d_alibi_slopes.dtype, h * args.d_alibi_slopes.stride_h, 0.0);
-}
 
 // base NULL: only counts.
 static BackwardPlan plan_of(const fa_backward_args *args, void *base, size_t *bytes) {
-    const fa_forward_args *forward = &args->forward;
-    const int64_t slopes = forward->batch * forward->heads_q * fa_ceil_div(forward->seqlen_q, kSlopeBlock);
     fa_arena arena = {static_cast<char *>(base), 0};
     BackwardPlan plan = {};
     fa_plan_backward_rows(args, &plan, &arena);
-    if (args->d_alibi_slopes.data)
-        plan.slope_sums = static_cast<double *>(fa_take(&arena, sizeof(double) * static_cast<size_t>(slopes)));
+    fa_plan_backward_heads(args, fa_ceil_div(args->forward.seqlen_q, kSlopeBlock), &plan, &arena);
     fa_plan_backward_bias(args, &plan, &arena);
     *bytes = arena.used_bytes;
     return plan;
@@ -64,8 +26,5 @@ fa_status fa_cuda_fused_backward(const fa_backward_args *args) {
     FA_CHECK(fa_fused_backward_kv(args, plan));
     FA_CHECK(fa_fused_backward_q(args, plan));
     if (args->d_bias.data) FA_CHECK(fa_fused_backward_bias(args, plan));
-    if (!args->d_alibi_slopes.data && !args->d_sinks.data) return FA_OK;
-    const auto kernel = forward->dtype == FA_FLOAT64 ? fused_backward_heads<double> : fused_backward_heads<float>;
-    return fa_launch("fused backward, the gradients of heads", kernel, forward->heads_q, kThreads, 0,
-                     fa_stream(forward), *args, plan);
+    return fa_backward_heads(args, plan);
 }

@@ -3,7 +3,7 @@
 //   fused_backward_kv.cu      dK, dV: a block owns keys and walks over the queries of its group of heads
 //   fused_backward_q.cu       dQ, and what d_alibi_slopes is the sum of: a block owns queries and walks over keys
 //   fused_backward_bias.cu    d_bias: a block owns a tile of the bias and walks over what it broadcasts to
-//   fused_backward.cu         d_alibi_slopes, d_sinks: a block owns a head; the plan, and the order of all these
+//   fused_backward.cu         the plan, and the order of all these
 //
 // Each gradient is summed by one thread in one order: no atomics, the same bits on every run. The price is that S and dP
 // are computed twice, seven products instead of five.
@@ -11,6 +11,8 @@
 #define FA_FUSED_BACKWARD_CUH
 
 #include "cuda/backward.cuh"
+
+enum { kSlopeBlock = 64 }; // queries behind an element of slope_sums
 
 fa_status fa_fused_backward_kv(const fa_backward_args *args, const BackwardPlan &plan);
 fa_status fa_fused_backward_q(const fa_backward_args *args, const BackwardPlan &plan);
@@ -45,14 +47,6 @@ __device__ __forceinline__ void store_transposed(TileP &tile, const Real (&acc)[
             for (int c = 0; c < kVec<Real>; ++c) v.x[c] = acc[i + c][j];
             *reinterpret_cast<Vec<Real> *>(tile.row(lane.col(j)) + row + lane.template block_step<Real>(i)) = v;
         }
-}
-
-// The sum over the block's threads, in thread 0, in a fixed order. partial: shared, one for each warp.
-__device__ __forceinline__ double block_sum(double x, double (&partial)[kWarps]) {
-    for (int step = 16; step > 0; step /= 2) x += __shfl_down_sync(~0u, x, step);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-    __syncthreads(); // every warp's sum is there
-    return partial[0] + partial[1] + partial[2] + partial[3];
 }
 
 #endif

@@ -48,7 +48,7 @@ struct LanePlace {
 template <typename Element_>
 struct Mma { // float16, bfloat16
     using Element = Element_;
-    static constexpr int kDepth = 16;
+    static constexpr int kDepth = 16, kColumnsIn16 = 2; // columns of 16 bytes behind 16 elements
     struct A {
         uint32_t x[4];
     };

@@ -15,7 +15,7 @@
 
 enum { kEnoughStrips = 1024 }; // blocks that fill a GPU a few times
 
-struct BiasPlace { // of a block: its tile of d_bias; how many heads, tiles of rows and of keys are summed; its last turn
+struct BiasPlace { // of a block: its tile of d_bias; how many heads, row and key tiles are summed; its last turn
     int batch, head, m_tile, n_tile, sum_h, sum_m, sum_n, group, end;
     bool new_rows, new_keys; // in the next turn: others than in this one
     int64_t stride_q, stride_k, stride_v, stride_d_o; // of rows

@@ -20,6 +20,7 @@
 #include "cuda/ptx/sync.cuh"
 
 constexpr float kSlack = 8;
+constexpr float kFar = 1 << 20; // a float32 of this size is rounded by 2^-4
 constexpr int64_t kSectionBytes = 32 << 20; // of K and V, at a time: half of an H200's L2 cache
 
 template <typename Element_, int kDim_, int kRowWarps_, int kColWarps_, int kMTiles_, int kBlockN_, bool kKeepsQ_,
@@ -38,6 +39,8 @@ struct ForwardTile {
         int grew[kRowWarps][kColWarps];
     };
     struct Nothing {};
+    using BiasTile = SwizzledTile<Element, kBlockM, kBlockN>; // behind Smem, where a bias is staged
+    template <bool kModified>
     struct Smem {
         SwizzledTile<Element, kBlockM, kDim> q;          // O at the end
         SwizzledTile<Element, kBlockN, kDim> k[2], v[2]; // this turn's and the next one's
@@ -47,11 +50,14 @@ struct ForwardTile {
         struct {
             Span some, all;
         } keys[kThreads / 32];
+        std::conditional_t<kModified, MmaScoreRule, Nothing> rule;
+        __device__ BiasTile &bias() { return *reinterpret_cast<BiasTile *>(this + 1); }
     };
 };
 
 struct ForwardOrder { // of blocks: sections of heads, whose K and V fit the L2 cache, then rows, then heads
     int section;
+    bool stages_bias; // through shared memory
 };
 
 // acc_o += P V, over 16 keys from row `key` of the tile of V on.
@@ -81,7 +87,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpKeys / 8, kOTiles = T::kWarpDim / 8;
     constexpr int kParts = 16 / M::kDepth;
     extern __shared__ __align__(1024) unsigned char shared[];
-    typename T::Smem &smem = *reinterpret_cast<typename T::Smem *>(shared);
+    using Smem = typename T::template Smem<kModified>;
+    Smem &smem = *reinterpret_cast<Smem *>(shared);
 
     const int m_blocks = static_cast<int>(fa_ceil_div(args.seqlen_q, T::kBlockM));
     const int in_section = static_cast<int>(blockIdx.x) % (order.section * m_blocks);
@@ -101,7 +108,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const Rows<float> q(args.q, kDtype<typename T::Element>, seq.batch_index, h, seq.row_q, args.head_dim);
     const Rows<float> k(args.k, kDtype<typename T::Element>, seq.batch_index, h_kv, seq.row_k, args.head_dim);
     const Rows<float> v(args.v, kDtype<typename T::Element>, seq.batch_index, h_kv, seq.row_k, args.head_dim_v);
-    const ScoreRule<float> rule(args, seq, b, h);
     const int key_first = keys_of(row0).lo / T::kBlockN * T::kBlockN, key_end = keys_of(row_end - 1).hi;
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -112,11 +118,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     if (lane == 0) smem.keys[warp] = {{first.lo, warp_row0 < row_end ? last.hi : 0}, {last.lo, first.hi}};
     if (threadIdx.x == 0) smem.seq = seq, smem.head_k = k.data, smem.head_v = v.data;
 
-    // Scores are in units of unit / log2 e: as products where plain, as they are where modified.
-    const float unit = 1.44269504f * (kModified ? 1.0f : static_cast<float>(args.softmax_scale));
+    float unit = 1.44269504f * static_cast<float>(args.softmax_scale); // of scores, in log2: products where plain
+    if constexpr (kModified) {
+        const MmaScoreRule rule(args, seq, b, h);
+        unit = 1.44269504f * rule.unit;
+        if (threadIdx.x == 0) smem.rule = rule;
+    }
+    const auto staged_bias = [&] { // this warp's part, of a turn
+        return StagedBias<typename T::BiasTile>{order.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
+                                                col_warp * T::kWarpKeys};
+    };
+    const auto copy_bias = [&](int64_t head_at, int n0) {
+        if (order.stages_bias)
+            staged_bias().template copy<T::kWarpRows, T::kWarpKeys>(args.bias, head_at, warp_row0, row_end,
+                                                                    n0 + col_warp * T::kWarpKeys, key_end);
+    };
 
     float acc_o[kMTiles][kOTiles][4] = {};
-    float row_max[kMTiles][2], row_sum[kMTiles][2] = {}; // in log2; of this thread's columns
+    float row_max[kMTiles][2], row_sum[kMTiles][2] = {}; // of this thread's columns
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) row_max[i][0] = row_max[i][1] = -infinity(0.0f);
 
@@ -127,6 +146,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     TileCopy<T::kThreads, decltype(smem.q)>(q.data, args.q.stride_l, args.head_dim, row0, row_end).all(smem.q);
     copy_of(args.k, k.data, args.head_dim, key_first).all(smem.k[0]);
     copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
+    if constexpr (kModified) copy_bias(b * args.bias.stride_b + h * args.bias.stride_h, key_first);
     cp_async_commit();
 
     const auto place_q = M::place_a(smem.q, row_warp * T::kWarpRows);
@@ -150,6 +170,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (n0 >= keys.some.hi || n0 + T::kBlockN <= keys.some.lo) {
             copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN).all(smem.k[stage ^ 1]);
             copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN).all(smem.v[stage ^ 1]);
+            if constexpr (kModified) copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
         } else {
             KeyCopy copy_k = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN);
             float acc_s[kMTiles][kNTiles][4] = {};
@@ -182,9 +203,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
             const int warp_n0 = n0 + col_warp * T::kWarpKeys;
             const int thread_key = warp_n0 + lane % 4 * 2;
-            if constexpr (kModified)
-                modify_scores<typename T::Element, false>(acc_s, args, smem.seq, rule, thread_row, thread_key,
-                                                          [](int, int, int, float) {});
+            if constexpr (kModified) {
+                modify_scores<typename T::Element, false>(acc_s, args, smem.seq, smem.rule, thread_row, thread_key,
+                                                          [](int, int, int, float) {}, staged_bias());
+            }
             if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
                 hide_scores<false>(acc_s, args, smem.seq, thread_row, thread_key);
 
@@ -199,13 +221,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                     for (int j = 0; j < kNTiles; ++j)
                         most = fmaxf(most, fmaxf(acc_s[i][j][2 * half], acc_s[i][j][2 * half + 1]));
-                    new_max[i][half] = most * unit;
-                    grew |= new_max[i][half] > row_max[i][half] + kSlack;
+                    new_max[i][half] = most;
+                    grew |= (most - row_max[i][half]) * unit > kSlack;
                 }
             grew = __any_sync(~0u, grew);
             const auto follow = [&](int i, int half, float most) {
                 most = fmaxf(most, row_max[i][half]);
-                const float rescale = most == -infinity(0.0f) ? 1.0f : ex2_approx(row_max[i][half] - most);
+                const float rescale = most == -infinity(0.0f) ? 1.0f : ex2_approx((row_max[i][half] - most) * unit);
                 row_max[i][half] = most;
                 row_sum[i][half] *= rescale;
 #pragma unroll
@@ -245,26 +267,43 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         }
             }
 
-            float shift[kMTiles][2];
+            float shift[kMTiles][2], unit_now = unit;
+            bool is_far = false;
 #pragma unroll
             for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) // no key yet: 2^(-inf - 0) = 0
-                    shift[i][half] = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+                for (int half = 0; half < 2; ++half) { // no key yet: 2^(-inf - 0) = 0
+                    shift[i][half] = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half] * unit;
+                    is_far |= !(fabsf(shift[i][half]) < kFar);
+                }
+            if (__any_sync(~0u, is_far)) { // rounding the shift would move P by powers of 2
+                unit_now = 1;
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+                        shift[i][half] = 0;
+#pragma unroll
+                        for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                            for (int e = 2 * half; e < 2 * half + 2; ++e) acc_s[i][j][e] = (acc_s[i][j][e] - most) * unit;
+                    }
+            }
             // P of 16 keys, as the A of M::kDepth each.
-            const auto probabilities = [&](typename M::A(&p)[kMTiles][kParts], int step) {
+            const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i) {
                     float (&left)[4] = acc_s[i][2 * step], (&right)[4] = acc_s[i][2 * step + 1];
 #pragma unroll
                     for (int entry = 0; entry < 8; ++entry) {
                         float &s = entry < 4 ? left[entry] : right[entry - 4];
-                        s = ex2_approx(fmaf(s, unit, -shift[i][entry / 2 % 2]));
+                        s = ex2_approx(fmaf(s, unit_now, -shift[i][entry / 2 % 2]));
                         row_sum[i][entry / 2 % 2] += s;
                     }
-                    if (kModified && rule.dropout_threshold != 0)
-                        drop(left, right, rule, thread_row + 16 * i, thread_key + 16 * step);
                     M::from_scores(p[i], left, right);
+                    if constexpr (kModified)
+                        if (drops) drop(p[i][0], smem.rule, warp_row0 + 16 * i, warp_n0 + 16 * step);
                 }
             };
             KeyCopy copy_v = copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN);
@@ -272,41 +311,56 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                 for (int n = 0; n < KeyCopy::kCopies; ++n)
                     if (n * (T::kBlockN / 16) / KeyCopy::kCopies == step) copy_v.part(smem.v[stage ^ 1], n);
+                if constexpr (kModified)
+                    if (step == 1) { // registers of scores are free
+                        __syncwarp(); // the bias was read
+                        copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
+                    }
             };
-            if constexpr (T::kColWarps == 1) {
+            const auto multiply_values = [&](const bool drops) {
+                if constexpr (T::kColWarps == 1) {
 #pragma unroll
-                for (int step = 0; step < T::kBlockN / 16; ++step) {
-                    typename M::A p[kMTiles][kParts];
-                    probabilities(p, step);
-                    add_product<T>(acc_o, p, place_v, 16 * step);
-                    copy_values(step);
+                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+                        probabilities(drops, p, step);
+                        add_product<T>(acc_o, p, place_v, 16 * step);
+                        copy_values(step);
+                    }
+                } else {
+                    const int row = row_warp * T::kWarpRows + lane / 4;
+                    auto &tile = smem.exchange.p;
+#pragma unroll
+                    for (int step = 0; step < T::kWarpKeys / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+                        probabilities(drops, p, step);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                            for (int n = 0; n < 4; ++n) {
+                                auto *at =
+                                    tile.at(row + 16 * i + n % 2 * 8, (col_warp * T::kWarpKeys + 16 * step) / 8 + n / 2);
+                                store_shared(shared_address(at) + lane % 4 * 4, p[i][0].x[n]);
+                            }
+                    }
+                    barrier_wait(1 + row_warp, 64); // P is there
+                    const auto place_p = M::place_a(tile, row_warp * T::kWarpRows);
+#pragma unroll
+                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
+                        add_product<T>(acc_o, p, place_v, 16 * step);
+                        copy_values(step);
+                    }
                 }
+            };
+            if constexpr (kModified) {
+                if (smem.rule.dropout_threshold != 0)
+                    multiply_values(true);
+                else
+                    multiply_values(false);
             } else {
-                const int row = row_warp * T::kWarpRows + lane / 4;
-                auto &tile = smem.exchange.p;
-#pragma unroll
-                for (int step = 0; step < T::kWarpKeys / 16; ++step) {
-                    typename M::A p[kMTiles][kParts];
-                    probabilities(p, step);
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                        for (int n = 0; n < 4; ++n) {
-                            auto *at =
-                                tile.at(row + 16 * i + n % 2 * 8, (col_warp * T::kWarpKeys + 16 * step) / 8 + n / 2);
-                            store_shared(shared_address(at) + lane % 4 * 4, p[i][0].x[n]);
-                        }
-                }
-                barrier_wait(1 + row_warp, 64); // P is there
-                const auto place_p = M::place_a(tile, row_warp * T::kWarpRows);
-#pragma unroll
-                for (int step = 0; step < T::kBlockN / 16; ++step) {
-                    typename M::A p[kMTiles][kParts];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
-                    add_product<T>(acc_o, p, place_v, 16 * step);
-                    copy_values(step);
-                }
+                multiply_values(false);
             }
         }
         cp_async_commit();
@@ -329,6 +383,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
         barrier_wait(1 + row_warp, 64); // both sums are there, Q was read
     }
+    float natural = static_cast<float>(args.softmax_scale); // a score of 1
+    if constexpr (kModified) natural = smem.rule.unit;
     const bool has_sink = args.sinks.data != nullptr;
     const float sink = has_sink ? load_per_head<float>(args.sinks, 0, h) : -infinity(0.0f);
     const float keep = static_cast<float>(1 / (1 - args.dropout_p));
@@ -337,7 +393,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int r = row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4; // in the block
-            float sum, most = row_max[i][half] * 0.69314718f;
+            float sum, most = row_max[i][half] * natural;
             if constexpr (T::kColWarps == 2)
                 sum = row_sum[i][half] + smem.exchange.row_sum[1 - col_warp][r];
             else
@@ -375,16 +431,25 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 }
 
 template <typename T, bool kModified>
-static fa_status launch(const fa_forward_args *args) {
+static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
     const int64_t heads = args->heads_q * args->batch, group = args->heads_q / args->heads_kv;
     const int64_t head_bytes = args->seqlen_k * (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->dtype);
     // Where rows are unequally long: the longest of many heads first. Else head by head.
     const bool unequal = args->causal || args->window_left >= 0 || args->window_right >= 0;
     const int64_t fitting = fa_clamp(kSectionBytes / fa_max(head_bytes, 1) * group, group, fa_max(heads, 1));
-    const ForwardOrder order = {static_cast<int>(unequal ? fitting : 1)};
+    const ForwardOrder order = {static_cast<int>(unequal ? fitting : 1),
+                                shared_bytes > sizeof(typename T::template Smem<kModified>)};
     return fa_launch("tensor core forward", tensor_core_forward<T, kModified>,
-                     fa_ceil_div(args->seqlen_q, T::kBlockM) * heads, T::kThreads, sizeof(typename T::Smem),
+                     fa_ceil_div(args->seqlen_q, T::kBlockM) * heads, T::kThreads, shared_bytes,
                      fa_stream(args), *args, order);
+}
+
+// A bias goes through shared memory where its rows are made of 16 bytes, aligned.
+static bool can_stage_bias(const fa_forward_args *args) {
+    const fa_bias &bias = args->bias;
+    const int64_t strides = bias.stride_b | bias.stride_h | bias.stride_q;
+    return bias.data && bias.dtype == args->dtype && bias.stride_k == 1 && strides % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
 }
 
 // Launches a tile that holds the rows and that the device has the shared memory for; false: neither.
@@ -392,8 +457,11 @@ template <typename T, bool kModified>
 static bool try_tile(const fa_forward_args *args, fa_status *status) {
     if (fa_max(args->head_dim, args->head_dim_v) > T::kDim) return false;
     const void *kernel = reinterpret_cast<const void *>(tensor_core_forward<T, kModified>);
-    if (!fa_allow_shared(kernel, sizeof(typename T::Smem))) return false;
-    *status = launch<T, kModified>(args);
+    size_t shared_bytes = sizeof(typename T::template Smem<kModified>);
+    if (!fa_allow_shared(kernel, shared_bytes)) return false;
+    if (kModified && can_stage_bias(args) && fa_allow_shared(kernel, shared_bytes + sizeof(typename T::BiasTile)))
+        shared_bytes += sizeof(typename T::BiasTile);
+    *status = launch<T, kModified>(args, shared_bytes);
     return true;
 }
 
@@ -404,8 +472,8 @@ static fa_status by_head_dim(const fa_forward_args *args) {
     fa_status status = FA_OK;
     // clang-format off
     //                            dim, row warps, column warps, m tiles, keys, keeps Q, blocks an SM
-    if (try_tile<ForwardTile<Element,  32, 4, 1, 2, 64, true,  3>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element,  64, 4, 1, 2, 64, true,  2>, kModified>(args, &status) ||
+    if (try_tile<ForwardTile<Element,  32, 4, 1, 2, 64, true,  kModified ? 2 : 3>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element,  64, 4, 1, 2, 64, !kModified, 2>, kModified>(args, &status) ||
         try_tile<ForwardTile<Element,  96, 4, 1, 2, 64, false, 2>, kModified>(args, &status) ||
         try_tile<ForwardTile<Element, 128, 4, 1, 2, 64, false, 2>, kModified>(args, &status) ||
         try_tile<ForwardTile<Element, 192, 4, 2, 2, 64, false, 1>, kModified>(args, &status) ||
@@ -420,7 +488,7 @@ static fa_status by_head_dim(const fa_forward_args *args) {
 size_t fa_cuda_tensor_core_forward_bytes(const fa_forward_args *) { return 0; }
 
 fa_status fa_cuda_tensor_core_forward(const fa_forward_args *args) {
-    const bool modified = fa_has_modified_scores(args) || args->softmax_scale <= 0; // plain ones grow with the product
+    const bool modified = fa_has_modified_scores(args) || static_cast<float>(args->softmax_scale) <= 0; // plain ones grow with products
     if (args->dtype == FA_FLOAT16) return modified ? by_head_dim<__half, true>(args) : by_head_dim<__half, false>(args);
     return modified ? by_head_dim<__nv_bfloat16, true>(args) : by_head_dim<__nv_bfloat16, false>(args);
 }

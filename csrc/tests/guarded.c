@@ -18,7 +18,7 @@ typedef struct block {
     size_t gpu_bytes, lead;
 } block;
 
-enum { kMaxBlocks = 256, kZoneBytes = 4096, kZoneByte = 0xA5 };
+enum { kMaxBlocks = 256, kZoneBytes = 4096, kZoneByte = 0xA5, kVectorBytes = 16 };
 static block g_blocks[kMaxBlocks];
 static int g_block_count;
 
@@ -34,7 +34,8 @@ static block *new_block(size_t bytes, size_t alignment, placement where) {
     *b = (block){.bytes = bytes};
     if (!on_gpu(where)) return b;
     const size_t zone = g_sanitize ? 0 : kZoneBytes;
-    b->lead = zone + (where == GPU_UNALIGNED ? alignment : 0);
+    if (where == GPU_VECTORS && alignment < kVectorBytes) alignment = kVectorBytes;
+    b->lead = zone + (where == GPU_ALIGNED ? 0 : alignment);
     b->gpu_bytes = b->lead + (bytes > 0 ? bytes : 1) + zone; // an address even for no bytes: NULL means absent
     b->gpu = gpu_allocate(b->gpu_bytes);
     require(b->gpu, "GPU memory");

@@ -12,6 +12,7 @@ typedef enum placement {
     FLUSH_START,
     FLUSH_END,
     GPU_ALIGNED,   // the twin is aligned as cudaMalloc does
+    GPU_VECTORS,   // the twin is aligned to 16 bytes, or as asked for, no better
     GPU_UNALIGNED, // the twin is aligned as asked for, no better
 } placement;
 static inline bool on_gpu(placement where) { return where >= GPU_ALIGNED; }

@@ -37,6 +37,7 @@ static double value_of(const attention_case *c, view_id id, uint64_t index) {
     const double x = uniform(id, index);
     if (id == VIEW_Q && c->magnitude > 0) return x * c->magnitude;
     if (id == VIEW_BIAS && strchr(c->bias, '-') && x > 0.6) return -INFINITY;
+    if (id == VIEW_BIAS && strchr(c->bias, '~') && x > 0.6) return -1e9; // a mask, as models write it
     if (id == VIEW_SLOPES) return 0.1 + 0.05 * x;
     return 2 * x;
 }

@@ -22,13 +22,14 @@ typedef struct attention_case {
     bool window;
     int window_left, window_right;
     double softcap, dropout_p;
-    const char *bias; // the axes it has, of "bhqk"; NULL: none, "" broadcasts over all. '-': some entries are -inf
+    const char *bias; // the axes it has, of "bhqk"; NULL: none, "" broadcasts over all. '-': some are -inf; '~': -1e9
     int alibi;        // 1: one slope a head, 2: one for each (b, h)
     bool sinks, d_lse;
     bool wide_extras; // bias, slopes and sinks in float32 whatever the dtype
     lengths lengths;
     layout layout;
     double magnitude; // of q; 0: 1
+    bool narrow;      // for the 16-bit dtypes alone
 } attention_case;
 
 // clang-format off
@@ -57,7 +58,8 @@ extern const char *const kViewNames[VIEW_COUNT];
 
 // The same numbers whatever the layout and placement. oracle: in float64, the numbers rounded to dtype.
 problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool oracle, placement where);
-// naive, fused and the reference serve everything: a refusal of theirs is not asked for but found by problem_run().
+// naive, fused and the reference serve everything: a refusal of theirs is not asked for but found by problem_run(). Others
+// may refuse a problem for where it lies.
 bool problem_serves(const problem *p, fa_pass pass);
 // Forward, then backward if served, with exactly the workspace asked for; expects success and untouched gaps.
 void problem_run(problem *p, fa_workers workers, placement where);

@@ -175,6 +175,73 @@ static void test_workspace(void) {
     }
 }
 
+// The row of a kernel in the table; -1: this build has none.
+static int32_t row_of(fa_impl impl, fa_device device) {
+    fa_kernel_info info;
+    for (int32_t row = 0; fa_kernel_describe(row, &info) == FA_OK; ++row)
+        if (info.impl == impl && info.device == device) return row;
+    return -1;
+}
+
+static void expect_verdict(fa_impl impl, const fa_forward_args *args, const char *words) {
+    char text[512] = "";
+    expect(fa_kernel_verdict(row_of(impl, FA_CUDA), args, FA_FORWARD, text, sizeof text) == FA_OK, "%s",
+           fa_error_text());
+    expect(strstr(text, words) != NULL, "%s: '%s' does not say '%s'", fa_impl_name(impl), text, words);
+}
+
+// What tensor cores refuse, with its reason, and that auto then takes the general kernel. Nothing runs: no GPU is needed.
+static void test_tensor_core(void) {
+    enum { kWide = 264 };
+    static const char kRows[] = "takes rows of whole 16 bytes, aligned to them";
+    if (row_of(FA_TENSOR_CORE, FA_CUDA) < 0) return;
+#define TENSOR_CORE(VERDICT, OF_FUSED, MUTATION)                                                                       \
+    do {                                                                                                               \
+        prepare("tensor_core, " #MUTATION);                                                                            \
+        fa_forward_args args = valid_forward();                                                                        \
+        args.device = FA_CUDA, args.dtype = FA_BFLOAT16;                                                               \
+        args.q.data = args.k.data = args.v.data = args.o.data = g_workspace;                                           \
+        MUTATION;                                                                                                      \
+        expect_verdict(FA_TENSOR_CORE, &args, VERDICT);                                                                \
+        expect_verdict(FA_FUSED, &args, OF_FUSED);                                                                     \
+    } while (0)
+#define REFUSED(REASON, MUTATION) TENSOR_CORE(REASON, "chosen", MUTATION)
+#define SERVED(MUTATION) TENSOR_CORE("chosen", "slower", MUTATION)
+    SERVED((void)args);
+    SERVED(args.dtype = FA_FLOAT16);
+    SERVED((args.softcap = 2, args.sinks = (fa_per_head){g_in, FA_FLOAT32, 0, 1}));
+    SERVED((args.head_dim = 256, args.q.stride_l = args.k.stride_l = 256));
+    SERVED((args.k.data = g_workspace + 16, args.k.stride_h = 0));
+    SERVED(args.lse.data = (char *)g_out + 4);
+    SERVED((args.batch = 1, args.q.stride_b = args.k.stride_b = 1)); // not used
+    SERVED((args.heads_q = args.heads_kv = 1, args.q.stride_h = args.k.stride_h = 3));
+    REFUSED("bfloat16, not float64", args.dtype = FA_FLOAT64);
+    REFUSED("takes head_dim up to 256, not 264", (args.head_dim = kWide, args.q.stride_l = args.k.stride_l = kWide));
+    REFUSED("takes head_dim up to 256, not 264", (args.head_dim_v = kWide, args.v.stride_l = args.o.stride_l = kWide));
+    REFUSED(kRows, args.head_dim = 4);
+    REFUSED(kRows, args.head_dim_v = 12);
+    REFUSED(kRows, args.q.data = g_workspace + 2);
+    REFUSED(kRows, args.k.data = g_workspace + 8);
+    REFUSED(kRows, args.v.data = g_workspace + 4);
+    REFUSED(kRows, args.o.data = g_workspace + 8);
+    REFUSED(kRows, args.q.stride_l += 1);
+    REFUSED(kRows, args.k.stride_h += 4);
+    REFUSED(kRows, args.v.stride_b += 2);
+    REFUSED(kRows, args.o.stride_l += 4);
+    REFUSED("not float64; takes head_dim up to 256, not 300; takes rows of",
+            (args.dtype = FA_FLOAT64, args.head_dim = 300, args.k.data = g_workspace + 8));
+
+    prepare("tensor_core, named, unaligned");
+    fa_forward_args args = valid_forward();
+    size_t bytes = 0;
+    args.device = FA_CUDA, args.dtype = FA_FLOAT16, args.impl = FA_TENSOR_CORE, args.q.data = g_workspace + 2;
+    expect_refusal(fa_forward(&args), FA_ERROR_UNSUPPORTED, "impl 'tensor_core' cannot serve this request: takes rows");
+    expect_refusal(fa_forward_workspace_bytes(&args, &bytes), FA_ERROR_UNSUPPORTED, kRows);
+#undef SERVED
+#undef REFUSED
+#undef TENSOR_CORE
+}
+
 void test_gate(void) {
     test_sizes();
     test_options();
@@ -182,6 +249,7 @@ void test_gate(void) {
     test_lengths();
     test_backward();
     test_workspace();
+    test_tensor_core();
     prepare("NULL arguments");
     expect_refusal(fa_forward(NULL), FA_ERROR_VALUE, "args: is NULL");
     expect_refusal(fa_backward(NULL), FA_ERROR_VALUE, "args: is NULL");

@@ -2,12 +2,21 @@
 #ifndef FA_PTX_CP_ASYNC_CUH
 #define FA_PTX_CP_ASYNC_CUH
 
-// 16 bytes, both addresses aligned to them: the first `bytes`, 0 or 16, are read, the others become zeros.
+#include "cuda/ptx/shared.cuh"
+
+// 16 bytes, both addresses aligned to them: the first `bytes`, 0 to 16, are read, the others become zeros.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void cp_async_16(void *shared, const void *global, int bytes) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-        "l"(global), "r"(bytes)
-        : "memory");
+    cp_async_16(shared_address(shared), global, bytes);
+}
+
+// 4 bytes; zeros, and nothing is read, unless `valid`.
+__device__ __forceinline__ void cp_async_4(void *shared, const void *global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 4 : 0)
+                 : "memory");
 }
 
 // Ends a group: this thread's copies since the last one.

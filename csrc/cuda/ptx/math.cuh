@@ -1,6 +1,8 @@
-// Special functions of the hardware.
+// Special functions of the hardware, and what single instructions do to pairs of 16 bits.
 #ifndef FA_PTX_MATH_CUH
 #define FA_PTX_MATH_CUH
+
+#include <cstdint>
 
 // 2^x within 2 units in the last place; subnormal results are 0, 2^-inf = 0.
 __device__ __forceinline__ float ex2_approx(float x) {
@@ -9,11 +11,25 @@ __device__ __forceinline__ float ex2_approx(float x) {
     return y;
 }
 
-// tanh x within 2^-11 of itself.
-__device__ __forceinline__ float tanh_approx(float x) {
+// 1 / x within 1 unit in the last place; 1 / inf = 0.
+__device__ __forceinline__ float rcp_approx(float x) {
     float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// x y + z, cut to [0, 1]; NaN becomes 0.
+__device__ __forceinline__ float fma_saturate(float x, float y, float z) {
+    float r;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));
+    return r;
+}
+
+// Each half: 16 times its highest bit.
+__device__ __forceinline__ uint32_t sign_halves(uint32_t x) {
+    uint32_t mask;
+    asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(mask) : "r"(x)); // 8 + n: the sign of byte n, 8 times
+    return mask;
 }
 
 #endif

@@ -20,6 +20,11 @@ __device__ __forceinline__ int load_acquire(const int *p) {
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
+__device__ __forceinline__ int load_relaxed(const int *p) {
+    int x;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
 __device__ __forceinline__ void store_release(int *p, int x) {
     asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
