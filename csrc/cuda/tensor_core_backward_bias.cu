@@ -42,7 +42,8 @@ struct BiasTile {
             Tiles tiles;
             Sums sums; // at the end
         };
-        BiasPlace place; // kept here, where it takes no registers
+        BiasPlace place; // kept here, as the rule of this turn's head, where they take no registers
+        MmaScoreRule rule;
     };
 };
 
@@ -225,18 +226,26 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     // acc = dropout(acc) - delta. What that needs is made here: it would take registers all along.
     const auto subtract_delta = [&](float (&acc)[kMTiles][kNTiles][4], const Turn &turn) {
         const fa_sequence seq = fa_sequence_at(&forward, turn.b);
-        const ScoreRule<float> rule(forward, seq, turn.b, turn.h);
-        const int thread_row = turn.row0 + warp_row + lane / 4, thread_key = turn.key0 + warp_key + lane % 4 * 2;
-        if (forward.dropout_p > 0)
-#pragma unroll
-        for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < kNTiles; j += 2)
-                drop(acc[i][j], acc[i][j + 1], rule, thread_row + 16 * i, thread_key + 8 * j);
-        const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
-        float delta[kMTiles][2];
-        load_rows(delta, thread_row, static_cast<int>(seq.len_q),
+        const int row0 = turn.row0 + warp_row, key0 = turn.key0 + warp_key;
+        float delta[kMTiles][2], keep = 1;
+        load_rows(delta, row0 + lane / 4, static_cast<int>(seq.len_q),
                   row_values<float>(forward, seq, plan, turn.b, turn.h).delta, 0.0f);
+        if (forward.dropout_p > 0) {
+            keep = static_cast<float>(1 / (1 - forward.dropout_p));
+#pragma unroll
+            for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                for (int j = 0; j < kNTiles; j += 2) {
+                    uint32_t masks[4]; // of a pair of entries
+                    keep_masks(masks, smem.rule, row0 + 16 * i, key0 + 8 * j);
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        const uint32_t kept = masks[n / 2] & (n % 2 ? 0xFFFF0000u : 0x0000FFFFu);
+                        float &x = acc[i][j + n / 4][n % 4];
+                        x = kept ? x : 0;
+                    }
+                }
+        }
         each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
             acc[i][j][entry] = fmaf(acc[i][j][entry], keep, -delta[i][entry / 2]);
         });
@@ -264,8 +273,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (index == next) {
             const Turn turn = turn_at(index);
             cp_async_wait<0>();
-            __syncthreads(); // Q and K are there; dO and V of the turn before were read
-            if (place.new_rows) copy_d_o(turn);
+            __syncthreads(); // Q and K are there; dO, V and the rule of the turn before were read
+            if (place.new_rows) {
+                if (threadIdx.x == 0)
+                    smem.rule = MmaScoreRule(forward, fa_sequence_at(&forward, turn.b), turn.b, turn.h);
+                copy_d_o(turn);
+            }
             if (place.new_keys) copy_keys(forward.v, place.stride_v, forward.head_dim_v, turn, tiles.v);
             cp_async_commit();
 
@@ -277,13 +290,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const bool sees = row0 < len_q && key0 < last.hi && key0 + T::kWarpKeys > first.lo;
             const bool whole = last.lo <= key0 && key0 + T::kWarpKeys <= first.hi;
             const RowValues<float> of_row = row_values<float>(forward, seq, plan, turn.b, turn.h);
-            float lse[kMTiles][2];
+            float lse[kMTiles][2], correction[kMTiles][2];
             load_rows(lse, thread_row, len_q, of_row.lse, infinity(0.0f));
+            load_rows(correction, thread_row, len_q, of_row.correction, 0.0f);
 
             float acc_s[kMTiles][kNTiles][4] = {};
             if (sees) multiply_rows<T>(acc_s, place_rows, place_keys);
             cp_async_wait<0>();
-            __syncthreads(); // dO and V are there; Q and K were read
+            __syncthreads(); // dO, V and the rule are there; Q and K were read
             next = next_visible(index + 1);
             if (next < place.end) {
                 const Turn after = turn_at(next);
@@ -297,13 +311,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             cp_async_commit();
 
             if (sees) {
-                const Turn again = turn_at(index); // as turn, which the copies would keep in registers
-                modify_scores<Element, false>(acc_s, forward, seq, ScoreRule<float>(forward, seq, again.b, again.h),
-                                              thread_row, thread_key, [](int, int, int, float) {});
+                using NoTile = SwizzledTile<Element, T::kBlockM, T::kBlockN>;
+                modify_scores<Element, false>(acc_s, forward, seq, smem.rule, thread_row, thread_key,
+                                              [](int, int, int, float) {}, StagedBias<NoTile>{false, nullptr, 0, 0});
                 if (!whole) hide_scores<false>(acc_s, forward, seq, thread_row, thread_key);
-                each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
+                each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) { // P; scores' unit is 1
                     float &s = acc_s[i][j][entry];
-                    s = ex2_approx(fmaf(s, 1.44269504f, -1.44269504f * lse[i][entry / 2])); // P
+                    s = ex2_approx(fmaf(s - lse[i][entry / 2], 1.44269504f, -1.44269504f * correction[i][entry / 2]));
                 });
                 auto place_d_o = place_rows;
                 auto place_v = place_keys;
