@@ -66,5 +66,7 @@ fa_status fa_backward_correction(const fa_backward_args *args, const BackwardPla
 fa_status fa_backward_heads(const fa_backward_args *args, const BackwardPlan &plan);      // d_alibi_slopes, d_sinks
 // d_bias = the sum of bias_sums, where there are more chunks than one.
 fa_status fa_backward_add_bias_chunks(const fa_backward_args *args, const BackwardPlan &plan);
+// float16 and bfloat16, rows of whole 16 bytes, head_dim up to kMaxTensorCoreDim.
+fa_status fa_tensor_core_backward_bias(const fa_backward_args *args, const BackwardPlan &plan);
 
 #endif

@@ -1,4 +1,4 @@
-// The chunks that d_bias is summed in where it has fewer tiles than the GPU has room for blocks, and their sum, in order.
+// The chunks that d_bias is summed in where it has fewer tiles than the GPU has room for blocks; their sum, in order.
 #include "cuda/backward_bias.cuh"
 
 enum { kPlanTile = 64, kEnoughBlocks = 512, kAddThreads = 256 };

@@ -1,7 +1,7 @@
 // Once a row: delta = rowsum(dO o O) - d_lse, and lse, +inf where the row has neither key nor sink.
 //
-// Memory is all there is to wait for. A row is shared by `lanes` neighbours, each of which reads 16 bytes of it at a time,
-// and each thread has kAtOnce rows under way:
+// Memory is all there is to wait for. A row is shared by `lanes` neighbours, each of which reads 16 bytes of it at a
+// time, and each thread has kAtOnce rows under way:
 //
 //   load lse, d_lse | load O, dO of kAtOnce rows | products | add up over the lanes | store, a row a lane
 #include "cuda/backward.cuh"
