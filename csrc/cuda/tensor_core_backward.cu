@@ -18,7 +18,6 @@
 //
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
-#include "cuda/fused_backward.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/tensor_core_backward.cuh"
 
@@ -249,7 +248,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         {
             const auto place_a = M::place_a(makes_dv ? smem.k : smem.v, key_warp * T::kWarpKeys);
             const auto place_b = M::place_b(makes_dv ? smem.q[stage] : smem.d_o[stage], half * T::kWarpQueries);
-            // Operands are loaded a step ahead: 16 queries of a part of the depth are a step.
+            // 16 queries of a part of the depth are a step. Where registers are left, operands are loaded a step ahead.
+            constexpr int kAhead = T::kHalves == 2;
             constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
             typename M::A a[2][kMTiles];
             typename M::B queries[2][2];
@@ -260,10 +260,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
                 M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
             };
-            load_step(0);
+            if (kAhead) load_step(0);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                if (step + 1 < kSteps) load_step(step + 1);
+                if (step + kAhead < kSteps) load_step(step + kAhead);
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -626,7 +626,7 @@ static fa_status launch(const fa_backward_args *args) {
     FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
                        fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,
                        stream, *args, dq));
-    if (args->d_bias.data) FA_CHECK(fa_fused_backward_bias(args, plan));
+    if (args->d_bias.data) FA_CHECK(fa_tensor_core_backward_bias(args, plan));
     return fa_backward_heads(args, plan);
 }
 
@@ -646,12 +646,22 @@ static bool try_tile(const fa_backward_args *args, fa_status *status, size_t *by
 
 template <typename Element, bool kModified>
 static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {
+    const fa_forward_args &forward = args->forward;
+    const bool is_short =
+        fa_max(forward.head_dim, forward.head_dim_v) <= 32 || (forward.causal && forward.seqlen_q <= 1024);
     fa_status status = FA_OK;
     // clang-format off
-    //                            dim, key warps, halves, m tiles, queries, blocks an SM
-    if (try_tile<BackwardTile<Element,  64, 4, 1, 2, 128, 1>, kModified>(args, &status, bytes) ||
-        try_tile<BackwardTile<Element, 128, 4, 1, 2, 64, 1>, kModified>(args, &status, bytes) ||
-        try_tile<BackwardTile<Element, 256, 2, 2, 2, 64, 1>, kModified>(args, &status, bytes))
+    //                                        dim, key warps, halves, m tiles, queries, blocks an SM
+    if ((!is_short && // half as many barriers; where sequences are short, more turns balance better
+         try_tile<BackwardTile<Element,  64, 4, 1, 2, 128, 1>, kModified>(args, &status, bytes)) ||
+        try_tile<BackwardTile<Element,  32, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element,  64, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element,  96, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element, 128, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element, 192, 2, 2, 2,  64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element, 256, 2, 2, 2,  64, 1>, kModified>(args, &status, bytes) ||
+        try_tile<BackwardTile<Element, 128, 2, 1, 2,  32, 2>, kModified>(args, &status, bytes) || // 164 KiB an SM, or 100
+        try_tile<BackwardTile<Element, 256, 1, 2, 1,  32, 1>, kModified>(args, &status, bytes))   // the same
         return status;
     // clang-format on
     return fa_fail(FA_ERROR_DEVICE, "tensor core backward: no tile fits the device's shared memory");

@@ -17,7 +17,7 @@ enum { kEnoughStrips = 1024 }; // blocks that fill a GPU a few times
 
 struct BiasPlace { // of a block: its tile of d_bias; how many heads, row and key tiles are summed; its last turn
     int batch, head, m_tile, n_tile, sum_h, sum_m, sum_n, group, end;
-    bool new_rows, new_keys; // in the next turn: others than in this one
+    bool new_rows, new_keys;                          // in the next turn: others than in this one
     int64_t stride_q, stride_k, stride_v, stride_d_o; // of rows
 };
 
@@ -59,7 +59,7 @@ struct Turn { // a tile of dS
 // A thread's rows of the values of a head.
 template <int kMTiles>
 __device__ __forceinline__ void load_rows(float (&x)[kMTiles][2], int thread_row, int len_q, const float *values,
-                                         float beyond) {
+                                          float beyond) {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -302,8 +302,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if (next < place.end) {
                 const Turn after = turn_at(next);
                 const bool new_rows = after.b != turn.b || after.h != turn.h || after.row0 != turn.row0;
-                const bool new_keys = after.b != turn.b || after.h / place.group != turn.h / place.group ||
-                                      after.key0 != turn.key0;
+                const bool new_keys =
+                    after.b != turn.b || after.h / place.group != turn.h / place.group || after.key0 != turn.key0;
                 if (threadIdx.x == 0) smem.place.new_rows = new_rows, smem.place.new_keys = new_keys;
                 if (new_rows) copy_q(after);
                 if (new_keys) copy_keys(forward.k, place.stride_k, forward.head_dim, after, tiles.k);
@@ -312,8 +312,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
             if (sees) {
                 using NoTile = SwizzledTile<Element, T::kBlockM, T::kBlockN>;
-                modify_scores<Element, false>(acc_s, forward, seq, smem.rule, thread_row, thread_key,
-                                              [](int, int, int, float) {}, StagedBias<NoTile>{false, nullptr, 0, 0});
+                modify_scores<Element, false>(
+                    acc_s, forward, seq, smem.rule, thread_row, thread_key, [](int, int, int, float) {},
+                    StagedBias<NoTile>{false, nullptr, 0, 0});
                 if (!whole) hide_scores<false>(acc_s, forward, seq, thread_row, thread_key);
                 each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) { // P; scores' unit is 1
                     float &s = acc_s[i][j][entry];

@@ -296,9 +296,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 if (grew || other_grew)
                     follow([&](int i, int half) {
                         const float most = grew ? new_max[i][half] : -infinity(0.0f);
-                        return other_grew
-                                   ? fmaxf(most, smem.exchange.row_max[1 - col_warp][row + 16 * i + 8 * half])
-                                   : most;
+                        return other_grew ? fmaxf(most, smem.exchange.row_max[1 - col_warp][row + 16 * i + 8 * half])
+                                          : most;
                     });
             }
             const float unit_now = is_far ? 1.0f : unit;
