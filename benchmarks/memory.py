@@ -60,13 +60,19 @@ def _start_worker(threads: int) -> None:
 def _peak_bytes(problem: Problem, impl: str) -> float:
     """In this process."""
     implementation = find(impl)
-    small = dataclasses.replace(problem.case, batch=1, seqlen_q=min(64, problem.case.seqlen_q), seqlen_k=64)
-    small_problem = dataclasses.replace(problem, case=small)
-    small_call, call = (Call(implementation, p, p.inputs()) for p in (small_problem, problem))
+    small_call, call = (Call(implementation, p, p.inputs()) for p in (_small(problem), problem))
     with call.context():
         small_call()
         implementation.release()
         return _peak_cuda(call) if problem.device.startswith("cuda") else _peak_cpu(call)
+
+
+def _small(problem: Problem) -> Problem:
+    case = problem.case
+    seqlen_q = min(64, case.seqlen_q)
+    lengths = {"lengths_q": case.lengths_q and (seqlen_q,), "lengths_k": case.lengths_k and (64,)}
+    small = dataclasses.replace(case, batch=1, seqlen_q=seqlen_q, seqlen_k=64, **lengths)
+    return dataclasses.replace(problem, case=small)
 
 
 def _peak_cuda(call: Call) -> float:

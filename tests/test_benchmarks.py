@@ -33,7 +33,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.problem import Problem
 from benchmarks.sweep_table import SWEEP_CSV
 from benchmarks.timing import time_calls, use_device
-from flash_attention import _C
+from flash_attention import _C, flash_attention, flash_attention_varlen
 from flash_attention.reference import standard_attention
 
 from .cases import Case
@@ -163,6 +163,69 @@ def test_a_long_problem_is_checked_in_part(direction: str, monkeypatch: pytest.M
     assert Oracle(problem, inputs).check(call).status == "ok"
 
 
+_FEATURES = {
+    "bias": {"bias": "bhqk"},
+    "shared bias": {"bias": "1h1k"},
+    "alibi": {"alibi": "h"},
+    "alibi of each sequence": {"alibi": "bh"},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout_p": 0.25},
+    "packed": {"packed": True, "lengths_q": (9, 30), "lengths_k": (20, 40)},
+}
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("feature", _FEATURES)
+def test_every_feature_of_a_long_problem_is_checked_in_part(
+    feature: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = _with_feature(feature, direction)
+    inputs = problem.inputs()
+    for max_scores in (500, 5000, 10**6):  # some rows of a few heads, one sequence or some heads of it, everything
+        monkeypatch.setitem(checking.MAX_SCORES, "cpu", max_scores)
+        oracle, call = Oracle(problem, inputs), Call(implementations.find("fused"), problem, inputs)
+        verdict = oracle.check(call)
+        assert verdict.status == "ok" and verdict.error < 1e-4
+
+
+@pytest.mark.parametrize("feature", _FEATURES)
+def test_a_feature_left_out_is_noticed(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_feature(q, k, v, **options):
+        return flash_attention(q, k, v, causal=True)
+
+    def without_mask(q, k, v, *, causal, **lengths):
+        return flash_attention_varlen(q, k, v, **lengths)
+
+    monkeypatch.setitem(checking.MAX_SCORES, "cpu", 500)
+    problem = _with_feature(feature, "fwd")
+    inputs = problem.inputs()
+    call = Call(Implementation("without", without_feature, without_mask), problem, inputs)
+    assert Oracle(problem, inputs).check(call).status != "ok"
+
+
+def _with_feature(feature: str, direction: str) -> Problem:
+    case = dataclasses.replace(SMALL, batch=2, heads_q=4, heads_kv=2, seqlen_k=50, **_FEATURES[feature])
+    extras = tuple(name for name in ("bias", "alibi_slopes", "sinks") if name in case.inputs().leaves)
+    return Problem(case, direction, extra_gradients=extras)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_peer_that_drops_by_bits_of_its_own_must_drop_as_many(direction: str) -> None:
+    def drops(p: float) -> Implementation:
+        def attention(q, k, v, *, causal, dropout_p, seed):
+            return standard_attention(q, k, v, causal=causal, dropout_p=p, seed=seed + 1)
+
+        return Implementation(f"drops {p}", attention, draws_own_bits=True)
+
+    problem = Problem(dataclasses.replace(SMALL, heads_q=4, seqlen_q=128, seqlen_k=128, dropout_p=0.125), direction)
+    inputs = problem.inputs()
+    oracle = Oracle(problem, inputs)
+    verdicts = {p: oracle.check(Call(drops(p), problem, inputs)) for p in (0.0, 0.01, 0.125, 0.6)}
+    assert [verdict.status == "ok" for verdict in verdicts.values()] == [False, False, True, False]
+    assert verdicts[0.0].is_wrong
+    assert oracle.check(Call(implementations.find("torch_math"), problem, inputs)).status == "ok"
+
+
 def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
     problem = Problem(SMALL)
     inputs = problem.inputs()
@@ -171,7 +234,7 @@ def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
     def fail(*_, **__):
         raise RuntimeError("gone")
 
-    bad.implementation = Implementation("bad", fail)
+    bad._attention = fail
     timings = time_calls({"good": good, "bad": bad}, 0.01)
     assert timings["good"].ms_min <= timings["good"].ms <= timings["good"].ms_max and timings["good"].samples >= 3
     assert isinstance(timings["bad"], RuntimeError)
@@ -179,10 +242,14 @@ def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
 
 def test_costs_count_what_the_masks_leave() -> None:
     problem = Problem(Case(batch=2, heads_q=3, seqlen_q=5, seqlen_k=7, head_dim=8, head_dim_v=4, causal=True), "bwd")
-    assert problem.visible_pairs == 3 + 4 + 5 + 6 + 7
+    assert problem.visible_pairs == 2 * (3 + 4 + 5 + 6 + 7)
     assert problem.flops == 2.5 * 2 * 2 * 3 * (8 + 4) * 25
-    assert Problem(Case(seqlen_q=4, seqlen_k=4, window=(1, 1))).visible_pairs == 2 + 3 + 3 + 2
-    assert Problem(Case(seqlen_q=3, seqlen_k=1, causal=True)).visible_pairs == 1
+    assert Problem(Case(batch=1, seqlen_q=4, seqlen_k=4, window=(1, 1))).visible_pairs == 2 + 3 + 3 + 2
+    assert Problem(Case(batch=1, seqlen_q=3, seqlen_k=1, causal=True)).visible_pairs == 1
+    packed = Problem(Case(head_dim=8, causal=True, packed=True, lengths_q=(2, 3), lengths_k=(4, 3)))
+    assert packed.visible_pairs == (3 + 4) + (1 + 2 + 3)
+    assert packed.kv_bytes == 7 * 2 * (8 + 8) * 4 and packed.scores_bytes == (2 * 4 + 3 * 3) * 2 * 4
+    assert packed.columns() | {"batch": 2, "seqlen_q": 3, "seqlen_k": 4} == packed.columns()
 
 
 def test_ratios_take_the_best_of_each_side() -> None:
@@ -267,6 +334,23 @@ def test_every_implementation_is_timed_on_the_gpu_and_ours_in_graphs(stream_of_i
     assert (forward["timer"] == "graph").all(), forward[["pass", "impl", "timer", "ms"]].to_string()
     timed = frame[~is_ours & frame["pass"].isin(["fwd", "bwd"])]
     assert (timed["ms"] > 0).all() and (timed["peak_bytes"] > 0).all(), timed[["pass", "impl", "status"]].to_string()
+
+
+@pytest.mark.gpu
+def test_peers_with_features_are_checked_and_timed_on_the_gpu(stream_of_its_own: None) -> None:
+    plain = Case("f16", 64, batch=2, heads_q=4, seqlen_q=256, seqlen_k=256, causal=True)
+    lengths = {"lengths_q": (100, 156), "lengths_k": (100, 156)}
+    for peer, changes in (
+        ("torch_flash", {"dropout_p": 0.125}),
+        ("torch_efficient", {"dropout_p": 0.125}),
+        ("torch_flash", {"packed": True, **lengths}),
+    ):
+        case = dataclasses.replace(plain, **changes)
+        problems = [Problem(case, direction, "cuda") for direction in ("fwd", "bwd")]
+        frame = measure_all(problems, [peer, "fused"], budget=60)
+        assert (frame["ms"] > 0).all() and (frame["status"] == "ok").all(), frame[
+            ["pass", "impl", "status"]
+        ].to_string()
 
 
 @pytest.mark.gpu
