@@ -31,7 +31,7 @@ class Call:
             name: x.detach() if isinstance(x, Tensor) and name not in problem.extra_gradients else x
             for name, x in options(inputs).items()
         }
-        self._options = given
+        self._options = implementation.prepare(*self._qkv, **given)
         self._leaves = (*self._qkv, *(given[name] for name in problem.extra_gradients))
         self._direction = problem.direction
         self._o = self._forward() if problem.direction == "bwd" else None

@@ -19,6 +19,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from flash_attention.reference import standard_attention
 
+from . import flex
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # PyTorch before 2.10
@@ -29,16 +31,22 @@ def _no_varlen(*_: Any, **__: Any) -> Tensor:
     raise NotImplementedError("not measured on packed sequences")
 
 
+def _as_given(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, Any]:
+    return options
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """attention(q, k, v, **options) -> o, or varlen for packed sequences, called inside context(), which is entered
-    outside the timed region."""
+    """attention(q, k, v, **prepare(q, k, v, **options)) -> o, or varlen for packed sequences, called inside context();
+    prepare and context are outside the timed region."""
 
     name: str
     attention: Callable[..., Tensor]
     varlen: Callable[..., Tensor] = _no_varlen
+    prepare: Callable[..., dict[str, Any]] = _as_given  # what is made once for many calls
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     stores_scores: bool = False  # the B x Hq x Lq x Lk matrix is in memory
+    compiles: bool = False  # for seconds, in its first call with these sizes and options
     draws_own_bits: bool = False  # of dropout: its results are those of no oracle
     is_ours: bool = False
     release: Callable[[], None] = lambda: None  # gives back what is kept from one call to the next
@@ -140,6 +148,7 @@ _BUILDERS: dict[str, Callable[[str], Implementation]] = {
     "torch_flash_float32": _torch(SDPBackend.FLASH_ATTENTION, _sdpa_through_float32),
     "torch_cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
     "torch_efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
+    "flex": lambda name: Implementation(name, flex.attention, prepare=flex.prepare, compiles=True),
     "torch_math": _torch(SDPBackend.MATH, stores_scores=True),
     "torch_unfused": lambda name: Implementation(name, standard_attention, stores_scores=True),
     "megatron": lambda name: Implementation(name, _megatron, stores_scores=True, release=_megatron_buffers.cache_clear),

@@ -133,6 +133,8 @@ def failures_in(row: dict[str, Any]) -> Iterator[None]:
         row["status"] = str(error)
     except (ValueError, TypeError, RuntimeError) as error:
         row["status"] = f"unavailable: {_first_line(error)}"
+    except Exception as error:  # compilers raise all sorts; the other rows are kept
+        row["status"] = f"unavailable: {type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ _STYLES = {
     "torch_flash_float32": ("#CC79A7", "1", "-."),
     "torch_cudnn": ("#56B4E9", "P", "--"),
     "torch_efficient": ("#A6761D", "<", "--"),
+    "flex": ("#6A3D9A", "8", "--"),
     "torch_math": ("#999999", ">", ":"),
     "torch_unfused": ("#555555", "h", ":"),
     "megatron": ("#B8A600", "d", ":"),

@@ -226,6 +226,18 @@ def test_a_peer_that_drops_by_bits_of_its_own_must_drop_as_many(direction: str) 
     assert oracle.check(Call(implementations.find("torch_math"), problem, inputs)).status == "ok"
 
 
+def test_flex_attention_has_our_masks_and_biases_and_no_backward_on_a_cpu() -> None:
+    case = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=40, seqlen_k=50, head_dim=16, window=(20, 3), softcap=3.0)
+    case = dataclasses.replace(case, bias="1h1k", alibi="h", softmax_scale=0.3)
+    problems = [Problem(case), Problem(case, "bwd"), Problem(dataclasses.replace(case, dropout_p=0.1))]
+    frame = measure_all(problems, ["flex"], budget=60, with_memory=False)
+    assert frame["status"].tolist() == [
+        "ok",
+        "unavailable: FlexAttention has no backward on a CPU",
+        "unavailable: FlexAttention has no dropout_p",
+    ]
+
+
 def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
     problem = Problem(SMALL)
     inputs = problem.inputs()
@@ -341,6 +353,8 @@ def test_peers_with_features_are_checked_and_timed_on_the_gpu(stream_of_its_own:
     plain = Case("f16", 64, batch=2, heads_q=4, seqlen_q=256, seqlen_k=256, causal=True)
     lengths = {"lengths_q": (100, 156), "lengths_k": (100, 156)}
     for peer, changes in (
+        ("flex", {"softcap": 5.0, "alibi": "h", "window": (64, -1)}),
+        ("flex", {"bias": "bhqk", "causal": False}),
         ("torch_flash", {"dropout_p": 0.125}),
         ("torch_efficient", {"dropout_p": 0.125}),
         ("torch_flash", {"packed": True, **lengths}),
