@@ -17,6 +17,7 @@ from benchmarks import (
     benchmark_speed,
     checking,
     demo,
+    features,
     from_scratch,
     grid,
     host,
@@ -305,6 +306,63 @@ def test_grid_problems_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert frame[["pass", "dtype", "head_dim"]].values.tolist() == [["bwd", "bfloat16", 16]]
     with pytest.raises(SystemExit):
         _tiny_run(grid.main, tmp_path, "--lengths", "7")
+
+
+def test_features_have_a_row_for_each_implementation_and_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Case("f32", 16, batch=1, heads_q=2, seqlen_q=64, seqlen_k=64, causal=True)
+    monkeypatch.setitem(features._PLAIN_CASES, "cpu", plain)
+    impls = ["fused", "torch_unfused", "torch_math"]
+    _tiny_run(features.main, tmp_path, "--impl", *impls, "--no-memory", "--budget", "20")
+    frame = pandas.read_csv(tmp_path / features.CSV)
+    assert list(frame.columns[:8]) == ["feature", "pass", "impl", "ms", "tflops", "dtype", "batch", "heads_q"]
+    assert sorted(frame.columns[1:]) == sorted(COLUMNS)
+    names = list(features.cases(plain))
+    wanted = [[name, direction, impl] for name in names for direction in ("fwd", "bwd") for impl in impls]
+    assert frame[["feature", "pass", "impl"]].values.tolist() == wanted
+    assert (frame.loc[frame["impl"] == "fused", "status"] == "ok").all()
+    assert frame.loc[frame["feature"] == "bias + its gradient", "status"].eq("ok").all()
+    assert frame.loc[frame["ms"].isna(), "status"].str.startswith("unavailable").all()
+    assert set(frame.loc[frame["feature"] == "dropout 0.125", "status"]) == {"ok"}
+    _assert_pictures(tmp_path, "features.png")
+    _tiny_run(
+        features.main, tmp_path, "--impl", "fused", "--no-memory", "--features", "bias", "D192/", "--passes", "bwd"
+    )
+    frame = pandas.read_csv(tmp_path / features.CSV)
+    assert frame["feature"].tolist() == ["bias", "bias + its gradient", "D192/128"] and set(frame["pass"]) == {"bwd"}
+    with pytest.raises(SystemExit):
+        _tiny_run(features.main, tmp_path, "--features", "nothing")
+
+
+def test_a_feature_costs_what_it_slows_its_kernel_down() -> None:
+    speeds = {
+        ("plain causal", True): (6.0, 10.0),
+        ("alibi", True): (3.0, 8.0),
+        ("plain full", False): (8.0, math.nan),
+        ("bias", False): (2.0, 12.0),
+    }
+    rows = [
+        {"feature": feature, "causal": causal, "pass": direction, "impl": impl, "tflops": speed * factor}
+        for (feature, causal), both in speeds.items()
+        for direction, factor in (("fwd", 1), ("bwd", 0.5))
+        for impl, speed in zip(("fused", "flex"), both, strict=True)
+    ]
+    costs = features.costs(pandas.DataFrame(rows)).tolist()
+    assert costs == pytest.approx(2 * [1, 1] + 2 * [2, 1.25] + 2 * [1, math.nan] + 2 * [4, math.nan], nan_ok=True)
+
+
+def test_what_compiles_is_measured_last_and_stands_with_its_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def measured(problems, impls, **_):
+        order.extend(impls)
+        return pandas.DataFrame([p.columns() | {"impl": impl} for p in problems for impl in impls], columns=COLUMNS)
+
+    monkeypatch.setattr(features, "measure_all", measured)
+    problems = [("full", Problem(dataclasses.replace(SMALL, causal=False))), ("causal", Problem(SMALL))]
+    frame = features.measure(problems, ["flex", "fused", "torch_flash"], 1, with_memory=False)
+    assert order == ["fused", "torch_flash", "flex"]
+    assert frame["feature"].tolist() == 3 * ["full"] + 3 * ["causal"] and frame["impl"].tolist() == 2 * order
+    assert frame["causal"].tolist() == 3 * [False] + 3 * [True]
 
 
 def test_kernels_that_the_build_lacks_are_not_measured_by_default() -> None:
