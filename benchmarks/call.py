@@ -12,7 +12,7 @@ from .problem import Problem, options
 
 
 class Call:
-    """call() runs the problem's pass once and returns o, or the gradients of q, k and v.
+    """call() runs the problem's pass once and returns o, or the gradients of q, k, v and problem.extra_gradients.
 
     A backward call runs the forward here, once, and differentiates its graph each time.
     """
@@ -21,19 +21,28 @@ class Call:
         self.implementation = implementation
         self.context = implementation.context
         self.d_o = inputs.d_o
-        self._options = options(inputs)
-        # A forward that is not differentiated gets inputs that do not ask for it.
-        self._qkv = inputs.args if problem.needs_grad else tuple(x.detach() for x in inputs.args)
+        self._attention = implementation.varlen if problem.case.packed else implementation.attention
+        # What is not differentiated does not ask for it. A forward with extra gradients is one of training: it does,
+        # because what it asks for decides which kernels can serve it.
+        qkv = inputs.args[:3]
+        is_training = problem.needs_grad or problem.extra_gradients
+        self._qkv = qkv if is_training else tuple(x.detach() for x in qkv)
+        given = {
+            name: x.detach() if isinstance(x, Tensor) and name not in problem.extra_gradients else x
+            for name, x in options(inputs).items()
+        }
+        self._options = implementation.prepare(*self._qkv, **given)
+        self._leaves = (*self._qkv, *(given[name] for name in problem.extra_gradients))
         self._direction = problem.direction
         self._o = self._forward() if problem.direction == "bwd" else None
 
     def _forward(self) -> Tensor:
         with self.context():
-            return self.implementation.attention(*self._qkv, **self._options)
+            return self._attention(*self._qkv, **self._options)
 
     def __call__(self) -> tuple[Tensor, ...]:
         """To be called within self.context()."""
         if self._direction == "bwd":
-            return torch.autograd.grad(self._o, self._qkv, self.d_o, retain_graph=True)
-        o = self.implementation.attention(*self._qkv, **self._options)
-        return torch.autograd.grad(o, self._qkv, self.d_o) if self._direction == "fwd+bwd" else (o,)
+            return torch.autograd.grad(self._o, self._leaves, self.d_o, retain_graph=True)
+        o = self._attention(*self._qkv, **self._options)
+        return torch.autograd.grad(o, self._leaves, self.d_o) if self._direction == "fwd+bwd" else (o,)

@@ -145,21 +145,23 @@ def _case(
     )
 
 
-def ratios_to_best_peer(frame: pandas.DataFrame) -> pandas.DataFrame:
+def ratios_to_best_peer(frame: pandas.DataFrame, problem: Sequence[str] = SHAPE) -> pandas.DataFrame:
     """For each problem that both sides were timed on: our fastest kernel, the fastest peer, peer time / our time.
 
-    A kernel of ours that is less accurate than is allowed does not count; a peer does.
+    A kernel of ours that is less accurate than is allowed does not count; a peer does. `problem` are the columns that
+    tell one problem from another.
     """
+    problem = list(problem)
     timed = frame.dropna(subset=["ms"])
     is_ours = timed["impl"].isin(OURS)
 
     def fastest(rows: pandas.DataFrame, name: str) -> pandas.DataFrame:
-        best = rows.loc[rows.groupby(SHAPE)["ms"].idxmin()] if len(rows) else rows
-        return best[[*SHAPE, "impl", "ms"]].rename(columns={"impl": name, "ms": f"{name}_ms"})
+        best = rows.loc[rows.groupby(problem)["ms"].idxmin()] if len(rows) else rows
+        return best[[*problem, "impl", "ms"]].rename(columns={"impl": name, "ms": f"{name}_ms"})
 
-    both = frame[[*SHAPE, "machine", "threads", "commit", "date"]].drop_duplicates(SHAPE)
+    both = frame[[*problem, "machine", "threads", "commit", "date"]].drop_duplicates(problem)
     for rows, name in ((timed[is_ours & (timed["status"] == "ok")], "ours"), (timed[~is_ours], "peer")):
-        both = both.merge(fastest(rows, name), on=SHAPE)
+        both = both.merge(fastest(rows, name), on=problem)
     return both.assign(ratio=both["peer_ms"] / both["ours_ms"])
 
 

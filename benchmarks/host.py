@@ -42,8 +42,8 @@ _WARM_UP_BATCHES = 3
 
 
 def _sdpa(name: str, *backend: SDPBackend) -> Implementation:
-    context = (functools.partial(sdpa_kernel, *backend),) if backend else ()
-    return Implementation(name, F.scaled_dot_product_attention, *context)  # nothing of ours around it
+    context = {"context": functools.partial(sdpa_kernel, *backend)} if backend else {}
+    return Implementation(name, F.scaled_dot_product_attention, **context)  # nothing of ours around it
 
 
 def _implementations() -> list[Implementation]:

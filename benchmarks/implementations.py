@@ -19,46 +19,83 @@ from torch.nn.attention.bias import causal_lower_right
 
 from flash_attention.reference import standard_attention
 
+from . import flex
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
+
+
+def _no_varlen(*_: Any, **__: Any) -> Tensor:
+    raise NotImplementedError("not measured on packed sequences")
+
+
+def _as_given(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, Any]:
+    return options
+
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """attention(q, k, v, **options) -> o, called inside context(), which is entered outside the timed region."""
+    """attention(q, k, v, **prepare(q, k, v, **options)) -> o, or varlen for packed sequences, called inside context();
+    prepare and context are outside the timed region."""
 
     name: str
     attention: Callable[..., Tensor]
+    varlen: Callable[..., Tensor] = _no_varlen
+    prepare: Callable[..., dict[str, Any]] = _as_given  # what is made once for many calls
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     stores_scores: bool = False  # the B x Hq x Lq x Lk matrix is in memory
+    compiles: bool = False  # for seconds, in its first call with these sizes and options
+    draws_own_bits: bool = False  # of dropout: its results are those of no oracle
     is_ours: bool = False
     release: Callable[[], None] = lambda: None  # gives back what is kept from one call to the next
 
 
 def _ours(impl: str) -> Implementation:
     try:
-        from flash_attention import flash_attention
+        from flash_attention import flash_attention, flash_attention_varlen
     except ImportError as error:  # not built: the peers can still be measured
         reason = f"flash_attention is not built: {error}"
 
         def flash_attention(*_: Any, **__: Any) -> Tensor:
             raise RuntimeError(reason)
 
-    stores_scores = impl in ("reference", "naive", "split")
-    return Implementation(
-        impl, functools.partial(flash_attention, impl=impl), stores_scores=stores_scores, is_ours=True
+        flash_attention_varlen = flash_attention
+
+    attention, varlen = (
+        functools.partial(function, impl=impl) for function in (flash_attention, flash_attention_varlen)
     )
+    stores_scores = impl in ("reference", "naive", "split")
+    return Implementation(impl, attention, varlen, stores_scores=stores_scores, is_ours=True)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> Tensor:
     """F.scaled_dot_product_attention; its own is_causal is aligned top-left, ours bottom-right."""
     known = {"softmax_scale": "scale", "dropout_p": "dropout_p", "bias": "attn_mask"}
-    if unknown := options.keys() - known:
-        raise NotImplementedError(f"PyTorch's SDPA has no {', '.join(sorted(unknown))}")
-    kwargs = {known[name]: value for name, value in options.items()}
+    kwargs = _renamed(options, known, "PyTorch's SDPA")
     if causal and q.shape[2] > 1:  # one query sees every key
         if q.shape[2] == k.shape[2]:
             kwargs["is_causal"] = True
         else:
             kwargs["attn_mask"] = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
+
+
+def _renamed(options: dict[str, Any], known: dict[str, str], who: str) -> dict[str, Any]:
+    """The options in a peer's words. A seed is dropped: peers draw bits of their own."""
+    if unknown := options.keys() - known - {"seed"}:
+        raise NotImplementedError(f"{who} has no {', '.join(sorted(unknown))}")
+    return {known[name]: value for name, value in options.items() if name != "seed"}
+
+
+def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> Tensor:
+    """PyTorch's flash kernel over packed sequences; its causal mask is aligned as ours."""
+    if q.device.type == "cpu" or varlen_attn is None:
+        raise NotImplementedError("PyTorch's varlen_attn needs a GPU and PyTorch 2.11")
+    lengths = [options.pop(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
+    kwargs = _renamed(options, {"softmax_scale": "scale"}, "PyTorch's varlen_attn")
+    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0 if causal else -1), **kwargs)
 
 
 def _sdpa_through_float32(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -94,7 +131,8 @@ def _torch(
     backend: SDPBackend, attention: Callable[..., Tensor] = _sdpa, **kwargs: Any
 ) -> Callable[[str], Implementation]:
     # One backend alone: what it cannot do raises instead of falling back.
-    return lambda name: Implementation(name, attention, functools.partial(sdpa_kernel, backend), **kwargs)
+    context = functools.partial(sdpa_kernel, backend)
+    return lambda name: Implementation(name, attention, context=context, draws_own_bits=True, **kwargs)
 
 
 _BUILDERS: dict[str, Callable[[str], Implementation]] = {
@@ -105,11 +143,12 @@ _BUILDERS: dict[str, Callable[[str], Implementation]] = {
     "tensor_core": _ours,
     "hopper": _ours,
     "auto": _ours,
-    "torch_flash": _torch(SDPBackend.FLASH_ATTENTION),
+    "torch_flash": _torch(SDPBackend.FLASH_ATTENTION, varlen=_flash_varlen),
     # 16-bit inputs through float32 and back: PyTorch's best where a CPU has no 16-bit matrix units.
     "torch_flash_float32": _torch(SDPBackend.FLASH_ATTENTION, _sdpa_through_float32),
     "torch_cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
     "torch_efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
+    "flex": lambda name: Implementation(name, flex.attention, prepare=flex.prepare, compiles=True),
     "torch_math": _torch(SDPBackend.MATH, stores_scores=True),
     "torch_unfused": lambda name: Implementation(name, standard_attention, stores_scores=True),
     "megatron": lambda name: Implementation(name, _megatron, stores_scores=True, release=_megatron_buffers.cache_clear),

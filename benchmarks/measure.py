@@ -59,7 +59,7 @@ def measure_all(
     machine.load_at_start()
     progress = tqdm(problems, unit="problem", dynamic_ncols=True)
     for done, problem in enumerate(progress):
-        progress.set_description(f"{problem.direction} {problem.case.id}")
+        progress.set_description(f"{problem.direction} {problem.case.id:.60}")
         left = deadline - time.monotonic()
         seconds = _TIMED_SHARE * left / ((len(problems) - done) * len(impls))
         try:
@@ -133,6 +133,8 @@ def failures_in(row: dict[str, Any]) -> Iterator[None]:
         row["status"] = str(error)
     except (ValueError, TypeError, RuntimeError) as error:
         row["status"] = f"unavailable: {_first_line(error)}"
+    except Exception as error:  # compilers raise all sorts; the other rows are kept
+        row["status"] = f"unavailable: {type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -153,4 +155,4 @@ def _workspace_bytes(problem: Problem, impl: str, inputs: Any) -> float:
         return math.nan
     from flash_attention import workspace_bytes
 
-    return workspace_bytes(*inputs.args, backward=problem.needs_grad, impl=impl, **options(inputs))
+    return workspace_bytes(*inputs.args[:3], backward=problem.needs_grad, impl=impl, **options(inputs))

@@ -7,8 +7,8 @@ CPU: the peak of the process's resident memory (VmHWM, reset through /proc/self/
 before the call. It counts what is really touched, whoever allocates it: torch, MKL or us. It is measured in a process
 of its own, whose MKL gives its buffers back after each call, after the C heap was trimmed, so that no call hides in
 what an earlier one left. What is read first by a call (code pages, thread stacks) is kept out by a small call before
-it and by the smallest of up to three readings. Resolution: about 0.2 MB. Where the system has no
-/proc/self/clear_refs the answer is NaN.
+it (a whole one of what compiles for each size) and by the smallest of up to three readings. Resolution: about 0.2 MB.
+Where the system has no /proc/self/clear_refs the answer is NaN.
 """
 
 from __future__ import annotations
@@ -60,13 +60,23 @@ def _start_worker(threads: int) -> None:
 def _peak_bytes(problem: Problem, impl: str) -> float:
     """In this process."""
     implementation = find(impl)
-    small = dataclasses.replace(problem.case, batch=1, seqlen_q=min(64, problem.case.seqlen_q), seqlen_k=64)
-    small_problem = dataclasses.replace(problem, case=small)
-    small_call, call = (Call(implementation, p, p.inputs()) for p in (small_problem, problem))
+    call = Call(implementation, problem, problem.inputs())
+    first = call
+    if not implementation.compiles:  # for each size anew, so that a small call would warm nothing
+        small = _small(problem)
+        first = Call(implementation, small, small.inputs())
     with call.context():
-        small_call()
+        first()
         implementation.release()
         return _peak_cuda(call) if problem.device.startswith("cuda") else _peak_cpu(call)
+
+
+def _small(problem: Problem) -> Problem:
+    case = problem.case
+    seqlen_q = min(64, case.seqlen_q)
+    lengths = {"lengths_q": case.lengths_q and (seqlen_q,), "lengths_k": case.lengths_k and (64,)}
+    small = dataclasses.replace(case, batch=1, seqlen_q=seqlen_q, seqlen_k=64, **lengths)
+    return dataclasses.replace(problem, case=small)
 
 
 def _peak_cuda(call: Call) -> float:

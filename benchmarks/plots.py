@@ -29,12 +29,14 @@ _STYLES = {
     "torch_flash_float32": ("#CC79A7", "1", "-."),
     "torch_cudnn": ("#56B4E9", "P", "--"),
     "torch_efficient": ("#A6761D", "<", "--"),
+    "flex": ("#6A3D9A", "8", "--"),
     "torch_math": ("#999999", ">", ":"),
     "torch_unfused": ("#555555", "h", ":"),
     "megatron": ("#B8A600", "d", ":"),
 }
 _KIND_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LEGEND_INCHES = 1.65  # of one entry
+_GROUP_WIDTH = 0.8  # of the distance between groups of bars
 _FAR_APART = 20  # times: on a linear axis the smaller could not be read
 PASS_TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward", "decode": "decoding"}
 _STYLE = {
@@ -134,6 +136,28 @@ def speed(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
     best = values.groupby(frame["impl"]).max()
     far_apart = best.max() > _FAR_APART * best.min()
     lines(axes, frame.assign(speed=values), x, "speed", log_y=far_apart, ylabel=unit, xlabel=xlabel)
+
+
+def bars(axes: Axes, frame: pandas.DataFrame, groups: str) -> None:
+    """Speeds: a group of bars for each value of a column, in it a bar for each implementation."""
+    values, unit = throughput(frame)
+    places = {group: place for place, group in enumerate(frame[groups].unique())}
+    impls = frame["impl"].unique()
+    width = _GROUP_WIDTH / len(impls)
+    for n, impl in enumerate(impls):
+        is_impl = frame["impl"] == impl
+        axes.bar(
+            frame.loc[is_impl, groups].map(places) + (n + 0.5) * width - _GROUP_WIDTH / 2,
+            values[is_impl],
+            width,
+            label=impl,
+            color=_STYLES[impl][0],
+            alpha=1 if impl in OURS else 0.75,
+        )
+    axes.set_xticks(range(len(places)), places, rotation=25, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel(unit)
 
 
 def bandwidth(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:

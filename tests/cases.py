@@ -62,17 +62,20 @@ class Case:
             words += ["" if lengths is None else axis + ",".join(map(str, lengths))]
         return "-".join(filter(None, words + [f"seed{self.seed}"] * (self.seed != 0)))
 
-    def inputs(self, device: str = "cpu") -> Inputs:
-        return Inputs(self, device)
+    def inputs(self, device: str = "cpu", *, drawn_there: bool = False) -> Inputs:
+        """Drawn on the host in float64, so that every device and dtype has the same values; long ones are drawn where
+        and in the dtype in which they are used."""
+        return Inputs(self, device, drawn_there)
 
 
 class Inputs:
     """The tensors of one case: `leaves` are the differentiable ones by name, `args` and `options` those of the call."""
 
-    def __init__(self, case: Case, device: str) -> None:
+    def __init__(self, case: Case, device: str, drawn_there: bool) -> None:
         self.case = case
-        self._random = torch.Generator().manual_seed(case.seed)
         self._device, self._dtype = device, DTYPES[case.dtype]
+        self._random = torch.Generator(device if drawn_there else "cpu").manual_seed(case.seed)
+        self._drawn_dtype = self._dtype if drawn_there else torch.float64
         self._layouts = itertools.cycle(("gaps", "blhd", "bhld", "lbhd"))
         extras_dtype = DTYPES[case.extras_dtype or case.dtype]
         exact = torch.promote_types(self._dtype, torch.float32)  # of lse and slopes
@@ -133,7 +136,7 @@ class Inputs:
         return twin
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._random, dtype=torch.float64)
+        return torch.randn(shape, generator=self._random, dtype=self._drawn_dtype, device=self._random.device)
 
     def _tensor(self, *shape: int, values: Tensor | None = None) -> Tensor:
         """Values (normal unless given) in the case's layout, the last axis contiguous in each."""
@@ -169,7 +172,7 @@ class Inputs:
             if case.values == "constant" and name != "v":  # every key of a head scores the same
                 x = x.narrow(axis, 0, min(1, x.shape[axis])).expand(shape).contiguous()
             if case.values == "ascending" and name != "v":  # every key beats the ones before: the running maximum moves
-                ramp = torch.linspace(0.1, 40, x.shape[axis], dtype=torch.float64) * case.head_dim**0.5
+                ramp = torch.linspace(0.1, 40, x.shape[axis], dtype=x.dtype, device=x.device) * case.head_dim**0.5
                 x *= 0.05
                 x[..., -1] = 1 if name == "q" else ramp.view(-1, *[1] * (x.dim() - axis - 2))
             tensors[name] = self._tensor(*shape, values=x)

@@ -17,6 +17,7 @@ from benchmarks import (
     benchmark_speed,
     checking,
     demo,
+    features,
     from_scratch,
     grid,
     host,
@@ -33,7 +34,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.problem import Problem
 from benchmarks.sweep_table import SWEEP_CSV
 from benchmarks.timing import time_calls, use_device
-from flash_attention import _C
+from flash_attention import _C, flash_attention, flash_attention_varlen
 from flash_attention.reference import standard_attention
 
 from .cases import Case
@@ -164,6 +165,81 @@ def test_a_long_problem_is_checked_in_part(direction: str, monkeypatch: pytest.M
     assert Oracle(problem, inputs).check(call).status == "ok"
 
 
+_FEATURES = {
+    "bias": {"bias": "bhqk"},
+    "shared bias": {"bias": "1h1k"},
+    "alibi": {"alibi": "h"},
+    "alibi of each sequence": {"alibi": "bh"},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout_p": 0.25},
+    "packed": {"packed": True, "lengths_q": (9, 30), "lengths_k": (20, 40)},
+}
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("feature", _FEATURES)
+def test_every_feature_of_a_long_problem_is_checked_in_part(
+    feature: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = _with_feature(feature, direction)
+    inputs = problem.inputs()
+    for max_scores in (500, 5000, 10**6):  # some rows of a few heads, one sequence or some heads of it, everything
+        monkeypatch.setitem(checking.MAX_SCORES, "cpu", max_scores)
+        oracle, call = Oracle(problem, inputs), Call(implementations.find("fused"), problem, inputs)
+        verdict = oracle.check(call)
+        assert verdict.status == "ok" and verdict.error < 1e-4
+
+
+@pytest.mark.parametrize("feature", _FEATURES)
+def test_a_feature_left_out_is_noticed(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_feature(q, k, v, **options):
+        return flash_attention(q, k, v, causal=True)
+
+    def without_mask(q, k, v, *, causal, **lengths):
+        return flash_attention_varlen(q, k, v, **lengths)
+
+    monkeypatch.setitem(checking.MAX_SCORES, "cpu", 500)
+    problem = _with_feature(feature, "fwd")
+    inputs = problem.inputs()
+    call = Call(Implementation("without", without_feature, without_mask), problem, inputs)
+    assert Oracle(problem, inputs).check(call).status != "ok"
+
+
+def _with_feature(feature: str, direction: str) -> Problem:
+    case = dataclasses.replace(SMALL, batch=2, heads_q=4, heads_kv=2, seqlen_k=50, **_FEATURES[feature])
+    extras = tuple(name for name in ("bias", "alibi_slopes", "sinks") if name in case.inputs().leaves)
+    return Problem(case, direction, extra_gradients=extras)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_peer_that_drops_by_bits_of_its_own_must_drop_as_many(direction: str) -> None:
+    def drops(p: float) -> Implementation:
+        def attention(q, k, v, *, causal, dropout_p, seed):
+            return standard_attention(q, k, v, causal=causal, dropout_p=p, seed=seed + 1)
+
+        return Implementation(f"drops {p}", attention, draws_own_bits=True)
+
+    problem = Problem(dataclasses.replace(SMALL, heads_q=4, seqlen_q=128, seqlen_k=128, dropout_p=0.125), direction)
+    inputs = problem.inputs()
+    oracle = Oracle(problem, inputs)
+    verdicts = {p: oracle.check(Call(drops(p), problem, inputs)) for p in (0.0, 0.01, 0.125, 0.6)}
+    assert [verdict.status == "ok" for verdict in verdicts.values()] == [False, False, True, False]
+    assert verdicts[0.0].is_wrong
+    assert oracle.check(Call(implementations.find("torch_math"), problem, inputs)).status == "ok"
+
+
+def test_flex_attention_has_our_masks_and_biases_and_no_backward_on_a_cpu() -> None:
+    case = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=40, seqlen_k=50, head_dim=16, window=(20, 3), softcap=3.0)
+    case = dataclasses.replace(case, bias="1h1k", alibi="h", softmax_scale=0.3)
+    problems = [Problem(case), Problem(case, "bwd"), Problem(dataclasses.replace(case, dropout_p=0.1))]
+    frame = measure_all(problems, ["flex"], budget=60, with_memory=False)
+    assert frame["status"].tolist() == [
+        "ok",
+        "unavailable: FlexAttention has no backward on a CPU",
+        "unavailable: FlexAttention has no dropout_p",
+    ]
+
+
 def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
     problem = Problem(SMALL)
     inputs = problem.inputs()
@@ -172,7 +248,7 @@ def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
     def fail(*_, **__):
         raise RuntimeError("gone")
 
-    bad.implementation = Implementation("bad", fail)
+    bad._attention = fail
     timings = time_calls({"good": good, "bad": bad}, 0.01)
     assert timings["good"].ms_min <= timings["good"].ms <= timings["good"].ms_max and timings["good"].samples >= 3
     assert isinstance(timings["bad"], RuntimeError)
@@ -180,10 +256,14 @@ def test_a_call_that_fails_while_timed_leaves_the_others() -> None:
 
 def test_costs_count_what_the_masks_leave() -> None:
     problem = Problem(Case(batch=2, heads_q=3, seqlen_q=5, seqlen_k=7, head_dim=8, head_dim_v=4, causal=True), "bwd")
-    assert problem.visible_pairs == 3 + 4 + 5 + 6 + 7
+    assert problem.visible_pairs == 2 * (3 + 4 + 5 + 6 + 7)
     assert problem.flops == 2.5 * 2 * 2 * 3 * (8 + 4) * 25
-    assert Problem(Case(seqlen_q=4, seqlen_k=4, window=(1, 1))).visible_pairs == 2 + 3 + 3 + 2
-    assert Problem(Case(seqlen_q=3, seqlen_k=1, causal=True)).visible_pairs == 1
+    assert Problem(Case(batch=1, seqlen_q=4, seqlen_k=4, window=(1, 1))).visible_pairs == 2 + 3 + 3 + 2
+    assert Problem(Case(batch=1, seqlen_q=3, seqlen_k=1, causal=True)).visible_pairs == 1
+    packed = Problem(Case(head_dim=8, causal=True, packed=True, lengths_q=(2, 3), lengths_k=(4, 3)))
+    assert packed.visible_pairs == (3 + 4) + (1 + 2 + 3)
+    assert packed.kv_bytes == 7 * 2 * (8 + 8) * 4 and packed.scores_bytes == (2 * 4 + 3 * 3) * 2 * 4
+    assert packed.columns() | {"batch": 2, "seqlen_q": 3, "seqlen_k": 4} == packed.columns()
 
 
 def test_ratios_take_the_best_of_each_side() -> None:
@@ -229,6 +309,63 @@ def test_grid_problems_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         _tiny_run(grid.main, tmp_path, "--lengths", "7")
 
 
+def test_features_have_a_row_for_each_implementation_and_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Case("f32", 16, batch=1, heads_q=2, seqlen_q=64, seqlen_k=64, causal=True)
+    monkeypatch.setitem(features._PLAIN_CASES, "cpu", plain)
+    impls = ["fused", "torch_unfused", "torch_math"]
+    _tiny_run(features.main, tmp_path, "--impl", *impls, "--no-memory", "--budget", "20")
+    frame = pandas.read_csv(tmp_path / features.CSV)
+    assert list(frame.columns[:8]) == ["feature", "pass", "impl", "ms", "tflops", "dtype", "batch", "heads_q"]
+    assert sorted(frame.columns[1:]) == sorted(COLUMNS)
+    names = list(features.cases(plain))
+    wanted = [[name, direction, impl] for name in names for direction in ("fwd", "bwd") for impl in impls]
+    assert frame[["feature", "pass", "impl"]].values.tolist() == wanted
+    assert (frame.loc[frame["impl"] == "fused", "status"] == "ok").all()
+    assert frame.loc[frame["feature"] == "bias + its gradient", "status"].eq("ok").all()
+    assert frame.loc[frame["ms"].isna(), "status"].str.startswith("unavailable").all()
+    assert set(frame.loc[frame["feature"] == "dropout 0.125", "status"]) == {"ok"}
+    _assert_pictures(tmp_path, "features.png")
+    _tiny_run(
+        features.main, tmp_path, "--impl", "fused", "--no-memory", "--features", "bias", "D192/", "--passes", "bwd"
+    )
+    frame = pandas.read_csv(tmp_path / features.CSV)
+    assert frame["feature"].tolist() == ["bias", "bias + its gradient", "D192/128"] and set(frame["pass"]) == {"bwd"}
+    with pytest.raises(SystemExit):
+        _tiny_run(features.main, tmp_path, "--features", "nothing")
+
+
+def test_a_feature_costs_what_it_slows_its_kernel_down() -> None:
+    speeds = {
+        ("plain causal", True): (6.0, 10.0),
+        ("alibi", True): (3.0, 8.0),
+        ("plain full", False): (8.0, math.nan),
+        ("bias", False): (2.0, 12.0),
+    }
+    rows = [
+        {"feature": feature, "causal": causal, "pass": direction, "impl": impl, "tflops": speed * factor}
+        for (feature, causal), both in speeds.items()
+        for direction, factor in (("fwd", 1), ("bwd", 0.5))
+        for impl, speed in zip(("fused", "flex"), both, strict=True)
+    ]
+    costs = features.costs(pandas.DataFrame(rows)).tolist()
+    assert costs == pytest.approx(2 * [1, 1] + 2 * [2, 1.25] + 2 * [1, math.nan] + 2 * [4, math.nan], nan_ok=True)
+
+
+def test_what_compiles_is_measured_last_and_stands_with_its_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def measured(problems, impls, **_):
+        order.extend(impls)
+        return pandas.DataFrame([p.columns() | {"impl": impl} for p in problems for impl in impls], columns=COLUMNS)
+
+    monkeypatch.setattr(features, "measure_all", measured)
+    problems = [("full", Problem(dataclasses.replace(SMALL, causal=False))), ("causal", Problem(SMALL))]
+    frame = features.measure(problems, ["flex", "fused", "torch_flash"], 1, with_memory=False)
+    assert order == ["fused", "torch_flash", "flex"]
+    assert frame["feature"].tolist() == 3 * ["full"] + 3 * ["causal"] and frame["impl"].tolist() == 2 * order
+    assert frame["causal"].tolist() == 3 * [False] + 3 * [True]
+
+
 def test_kernels_that_the_build_lacks_are_not_measured_by_default() -> None:
     built = {impl for impl, device in _C.kernels() if device == "cuda"}
     ours = [name for name in implementations.defaults("cuda") if name in implementations.OURS]
@@ -268,6 +405,25 @@ def test_every_implementation_is_timed_on_the_gpu_and_ours_in_graphs(stream_of_i
     assert (forward["timer"] == "graph").all(), forward[["pass", "impl", "timer", "ms"]].to_string()
     timed = frame[~is_ours & frame["pass"].isin(["fwd", "bwd"])]
     assert (timed["ms"] > 0).all() and (timed["peak_bytes"] > 0).all(), timed[["pass", "impl", "status"]].to_string()
+
+
+@pytest.mark.gpu
+def test_peers_with_features_are_checked_and_timed_on_the_gpu(stream_of_its_own: None) -> None:
+    plain = Case("f16", 64, batch=2, heads_q=4, seqlen_q=256, seqlen_k=256, causal=True)
+    lengths = {"lengths_q": (100, 156), "lengths_k": (100, 156)}
+    for peer, changes in (
+        ("flex", {"softcap": 5.0, "alibi": "h", "window": (64, -1)}),
+        ("flex", {"bias": "bhqk", "causal": False}),
+        ("torch_flash", {"dropout_p": 0.125}),
+        ("torch_efficient", {"dropout_p": 0.125}),
+        ("torch_flash", {"packed": True, **lengths}),
+    ):
+        case = dataclasses.replace(plain, **changes)
+        problems = [Problem(case, direction, "cuda") for direction in ("fwd", "bwd")]
+        frame = measure_all(problems, [peer, "fused"], budget=60)
+        assert (frame["ms"] > 0).all() and (frame["status"] == "ok").all(), frame[
+            ["pass", "impl", "status"]
+        ].to_string()
 
 
 @pytest.mark.gpu
