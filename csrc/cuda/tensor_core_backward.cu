@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                 }
             }
-            barrier_arrive(barrier, T::kPartners);                                  // P^T is there
+            barrier_wait(barrier, T::kPartners); // P^T is there
             if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
             const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
             if constexpr (T::kHalves == 1) {
