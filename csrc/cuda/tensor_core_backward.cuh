@@ -18,6 +18,9 @@
 //
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
+//
+// Float32 multiplies as pairs of tf32 and adds up in float32, 16 queries or keys at a time (mma_float.cuh); P^T, dS^T and
+// the softcap's slopes pass between warps in float32.
 #ifndef FA_TENSOR_CORE_BACKWARD_CUH
 #define FA_TENSOR_CORE_BACKWARD_CUH
 
@@ -59,17 +62,18 @@ struct BackwardTile {
     using Element = Element_;
     static constexpr int kDim = kDim_, kKeyWarps = kKeyWarps_, kHalves = kHalves_, kMTiles = kMTiles_;
     static constexpr int kBlockM = kBlockM_, kBlocksPerSm = kBlocksPerSm_;
+    static constexpr bool kFloat = kDtype<Element> == FA_FLOAT32;
     static constexpr int kWarpKeys = 16 * kMTiles, kBlockN = kWarpKeys * kKeyWarps;
     static constexpr int kWarps = 2 * kKeyWarps * kHalves, kThreads = 32 * kWarps;
     static constexpr int kWarpQueries = kBlockM / kHalves, kWarpDim = kDim / kHalves;
-    // Of dQ a warp makes 16 kQueryTiles rows and every kColumnWarps-th 16 columns.
-    static constexpr int kQueryTiles = kDim / 16 % (kWarps * 32 / kBlockM) == 0 ? 2 : 1;
+    // Of dQ a warp makes 16 kQueryTiles rows and every kColumnWarps-th 16 columns; float32: kColumnTiles side by side.
+    static constexpr int kQueryTiles = kBlockM % 32 == 0 && kDim / 16 % (kWarps * 32 / kBlockM) == 0 ? 2 : 1;
     static constexpr int kQueryWarps = kBlockM / (16 * kQueryTiles), kColumnWarps = kWarps / kQueryWarps;
     static constexpr int kColumnTiles = kDim / 16 / kColumnWarps; // of 16
     static_assert(kColumnTiles * 16 * kColumnWarps == kDim && kQueryWarps * kColumnWarps == kWarps);
     static constexpr int kPartners = 64 * kHalves; // threads that share keys
     struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
-        uint4 x[kWarpQueries / 16][kMTiles][32];
+        std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
     };
     struct Modified {
         Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
@@ -91,7 +95,7 @@ struct BackwardTile {
     struct Smem {
         SwizzledTile<Element, kBlockN, kDim> k, v; // dK, dV at the end
         SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
-        SwizzledTile<Element, kBlockN, kBlockM> ds[2]; // dS^T
+        SwizzledTile < Element, kBlockN, kFloat &&kBlockM<32 ? 32 : kBlockM> ds[2]; // dS^T
         Fragments p[kKeyWarps][kHalves];
         alignas(16) float lse[2][kBlockM], correction[2][kBlockM], delta[2][kBlockM];
         Turn turns[8]; // of which five are in use
@@ -112,6 +116,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     using Element = typename T::Element;
     using M = Mma<Element>;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpQueries / 8, kOTiles = T::kWarpDim / 8;
+    constexpr bool kFloat = T::kFloat;
+    static_assert(!kFloat || T::kHalves == 1, "float32: keys of one pair");
     extern __shared__ __align__(1024) unsigned char shared[];
     auto &smem = *reinterpret_cast<typename T::template Smem<kModified> *>(shared);
 
@@ -187,25 +193,39 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
         const auto place_ds =
             M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
-        const auto place_k = M::place_b_transposed(smem.k, 0, column_warp * M::kColumnsIn16);
+        const auto place_k = M::place_b_transposed(
+            smem.k, 0, column_warp * (kFloat ? T::kColumnTiles * M::kColumnsIn16 : M::kColumnsIn16));
         const int before = smem.turns[turn_index % 8].before;
         const int32_t *counter = smem.turns[turn_index % 8].added;
         float *sums = smem.turns[turn_index % 8].sums + (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
         int added = before > 0 ? load_relaxed(counter) : 0; // asked for ahead
         float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
+        if constexpr (kFloat) {
 #pragma unroll
-        for (int key = 0; key < T::kBlockN; key += M::kDepth) {
-            typename M::A a[T::kQueryTiles];
+            for (int key = 0; key < T::kBlockN; key += 16) {
+                typename M::A a[T::kQueryTiles][2];
 #pragma unroll
-            for (int i = 0; i < T::kQueryTiles; ++i) M::load_a_transposed(a[i], place_ds, 16 * i, key);
+                for (int i = 0; i < T::kQueryTiles; ++i)
 #pragma unroll
-            for (int j = 0; j < T::kColumnTiles; ++j) {
-                typename M::B k[2];
-                M::load_b_transposed(k, place_k, key, 16 * T::kColumnWarps * j);
+                    for (int part = 0; part < 2; ++part)
+                        M::load_a_transposed(a[i][part], place_ds, 16 * i, key + M::kDepth * part);
+                add_product(acc, a, place_k, key);
+            }
+        } else {
 #pragma unroll
-                for (int i = 0; i < T::kQueryTiles; ++i) {
-                    M::multiply(acc[i][2 * j], a[i], k[0]);
-                    M::multiply(acc[i][2 * j + 1], a[i], k[1]);
+            for (int key = 0; key < T::kBlockN; key += M::kDepth) {
+                typename M::A a[T::kQueryTiles];
+#pragma unroll
+                for (int i = 0; i < T::kQueryTiles; ++i) M::load_a_transposed(a[i], place_ds, 16 * i, key);
+#pragma unroll
+                for (int j = 0; j < T::kColumnTiles; ++j) {
+                    typename M::B k[2];
+                    M::load_b_transposed(k, place_k, key, 16 * T::kColumnWarps * j);
+#pragma unroll
+                    for (int i = 0; i < T::kQueryTiles; ++i) {
+                        M::multiply(acc[i][2 * j], a[i], k[0]);
+                        M::multiply(acc[i][2 * j + 1], a[i], k[1]);
+                    }
                 }
             }
         }
@@ -275,30 +295,39 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         {
             const auto place_a = M::place_a(makes_dv ? smem.k : smem.v, key_warp * T::kWarpKeys);
             const auto place_b = M::place_b(makes_dv ? smem.q[stage] : smem.d_o[stage], half * T::kWarpQueries);
-            // Operands are loaded a step ahead: 16 queries of a part of the depth are a step.
-            constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
-            typename M::A a[2][kMTiles];
-            typename M::B queries[2][2];
-            const auto load_step = [&](int step) {
-                const int d = step / kQuerySteps * M::kDepth;
-                if (step % kQuerySteps == 0)
+            if constexpr (kFloat) {
+                multiply_rows<T::kDim>(acc_s, place_a, place_b, [&](int d) {
 #pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
-                M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
-            };
-            load_step(0);
+                    for (int n = 0; n < QueryCopy::kCopies; ++n)
+                        if (n * T::kDim / QueryCopy::kCopies / M::kDepth == d / M::kDepth)
+                            next_q.part(smem.q[stage ^ 1], n);
+                });
+            } else {
+                // Operands are loaded a step ahead: 16 queries of a part of the depth are a step.
+                constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
+                typename M::A a[2][kMTiles];
+                typename M::B queries[2][2];
+                const auto load_step = [&](int step) {
+                    const int d = step / kQuerySteps * M::kDepth;
+                    if (step % kQuerySteps == 0)
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                if (step + 1 < kSteps) load_step(step + 1);
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                    M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
+                };
+                load_step(0);
 #pragma unroll
-                for (int i = 0; i < kMTiles; ++i)
+                for (int step = 0; step < kSteps; ++step) {
+                    if (step + 1 < kSteps) load_step(step + 1);
 #pragma unroll
-                    for (int j = 0; j < 2; ++j)
-                        M::multiply(acc_s[i][step % kQuerySteps * 2 + j], a[step / kQuerySteps % 2][i],
-                                    queries[step % 2][j]);
+                    for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                for (int n = 0; n < QueryCopy::kCopies; ++n)
-                    if (n * kSteps / QueryCopy::kCopies == step) next_q.part(smem.q[stage ^ 1], n);
+                        for (int j = 0; j < 2; ++j)
+                            M::multiply(acc_s[i][step % kQuerySteps * 2 + j], a[step / kQuerySteps % 2][i],
+                                        queries[step % 2][j]);
+#pragma unroll
+                    for (int n = 0; n < QueryCopy::kCopies; ++n)
+                        if (n * kSteps / QueryCopy::kCopies == step) next_q.part(smem.q[stage ^ 1], n);
+                }
             }
         }
         copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
@@ -317,11 +346,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 modify_scores<Element, true>(
                     acc_s, forward, seq, rule, thread_query, thread_key,
                     [&](int i, int j, int entry, float slope) {
-                        if (entry % 2)
-                            reinterpret_cast<uint32_t *>(
-                                &smem.modified.cap[key_warp][half].x[j / 2][i][lane])[j % 2 * 2 + entry / 2] =
-                                M::round_pair(last_slope, slope);
-                        last_slope = slope;
+                        auto &to_pair = smem.modified.cap[key_warp][half].x[j / 2][i];
+                        if constexpr (kFloat) {
+                            reinterpret_cast<float *>(&to_pair[j % 2][lane])[entry] = slope;
+                        } else {
+                            if (entry % 2)
+                                reinterpret_cast<uint32_t *>(&to_pair[0][lane])[j % 2 * 2 + entry / 2] =
+                                    M::round_pair(last_slope, slope);
+                            last_slope = slope;
+                        }
                     },
                     StagedBias<typename T::BiasTile>{});
                 natural = rule.unit;
@@ -336,90 +369,129 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 key0 + key_warp * T::kWarpKeys + 16 * i);
             }
             if (!is_whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
-            if (is_far) { // no product of lse would be exact enough: S - lse is made on its own
+            if constexpr (kFloat) { // no product of lse would be exact enough: S - lse is made on its own
 #pragma unroll
-                for (int j = 0; j < kNTiles; ++j)
+                for (int n = 0; n < T::kWarpQueries / 16; ++n)
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const float lse = smem.lse[stage][pair_row + 8 * j + e];
-                        const float correction = smem.correction[stage][pair_row + 8 * j + e];
+                    for (int side = 0; side < 2; ++side) {
+                        const int j = 2 * n + side;
+                        const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
+                        const float2 correction =
+                            *reinterpret_cast<const float2 *>(&smem.correction[stage][pair_row + 8 * j]);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            float (&p)[4] = acc_s[i][j];
+                            float sent[4];
+#pragma unroll
+                            for (int entry = 0; entry < 4; ++entry) {
+                                const float s = product(p[entry], natural);
+                                p[entry] = exp_of(entry % 2 ? s - lse.y - correction.y : s - lse.x - correction.x);
+                                sent[entry] = p[entry];
+                                if constexpr (kModified) {
+                                    const int bit = entry % 2 * 16 + n % 4 * 4 + entry / 2 * 2 + side;
+                                    if (drops && !(kept[i][n / 4] >> bit & 1)) // the key warp knows by the sign
+                                        sent[entry] = -p[entry], p[entry] = 0;
+                                }
+                            }
+                            p_fragments.x[n][i][side][lane] = make_float4(sent[0], sent[1], sent[2], sent[3]);
+                        }
+                    }
+                barrier_arrive(barrier, T::kPartners); // P^T is there
+                const auto place_b = M::place_b_transposed(smem.d_o[stage]);
+#pragma unroll
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A p[kMTiles][2];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) M::from_scores(p[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    add_product(acc, p, place_b, 16 * n);
+                }
+            } else {
+                if (is_far) { // no product of lse would be exact enough: S - lse is made on its own
+#pragma unroll
+                    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const float lse = smem.lse[stage][pair_row + 8 * j + e];
+                            const float correction = smem.correction[stage][pair_row + 8 * j + e];
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                                for (int entry = e; entry < 4; entry += 2)
+                                    acc_s[i][j][entry] = product(acc_s[i][j][entry], natural) - lse - correction;
+                        }
+                    natural = 1;
+                }
+                const float unit = natural * kLog2E;
+                typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+#pragma unroll
+                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+#pragma unroll
+                    for (int j = 2 * n; j < 2 * n + 2; ++j) {
+                        const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
+                        const float shift[2] = {is_far ? 0 : lse.x * kLog2E, is_far ? 0 : lse.y * kLog2E};
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                            for (int entry = e; entry < 4; entry += 2)
-                                acc_s[i][j][entry] = product(acc_s[i][j][entry], natural) - lse - correction;
+                            for (int entry = 0; entry < 4; ++entry)
+                                acc_s[i][j][entry] = ex2_approx(fmaf(acc_s[i][j][entry], unit, -shift[entry % 2]));
                     }
-                natural = 1;
-            }
-            const float unit = natural * kLog2E;
-            typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
 #pragma unroll
-            for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                    for (int i = 0; i < kMTiles; ++i) {
+                        M::from_scores(p[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                        uint4 &to_pair = p_fragments.x[n][i][0][lane];
+                        to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
+                        if constexpr (kModified) {
+                            if (drops) { // the key warp knows by the sign
+                                uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
 #pragma unroll
-                for (int j = 2 * n; j < 2 * n + 2; ++j) {
-                    const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
-                    const float shift[2] = {is_far ? 0 : lse.x * kLog2E, is_far ? 0 : lse.y * kLog2E};
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                        for (int entry = 0; entry < 4; ++entry)
-                            acc_s[i][j][entry] = ex2_approx(fmaf(acc_s[i][j][entry], unit, -shift[entry % 2]));
-                }
-#pragma unroll
-                for (int i = 0; i < kMTiles; ++i) {
-                    M::from_scores(p[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
-                    uint4 &to_pair = p_fragments.x[n][i][lane];
-                    to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
-                    if constexpr (kModified) {
-                        if (drops) { // the key warp knows by the sign
-                            uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
-#pragma unroll
-                            for (int word = 0; word < 4; ++word) {
-                                const uint32_t mask = kept_pair(kept[i][n / 4], n % 4, word / 2, word % 2);
-                                sent[word] = words[word] | (~mask & 0x80008000);
-                                words[word] &= mask;
+                                for (int word = 0; word < 4; ++word) {
+                                    const uint32_t mask = kept_pair(kept[i][n / 4], n % 4, word / 2, word % 2);
+                                    sent[word] = words[word] | (~mask & 0x80008000);
+                                    words[word] &= mask;
+                                }
                             }
                         }
                     }
                 }
-            }
-            barrier_arrive(barrier, T::kPartners);                                  // P^T is there
-            if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
-            const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
-            if constexpr (T::kHalves == 1) {
+                barrier_arrive(barrier, T::kPartners);                                  // P^T is there
+                if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
+                const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
+                if constexpr (T::kHalves == 1) {
 #pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    for (int n = 0; n < T::kBlockM / 16; ++n) {
 #pragma unroll
-                    for (int d = 0; d < T::kWarpDim; d += 16) {
-                        typename M::B d_o[2];
-                        M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+                        for (int d = 0; d < T::kWarpDim; d += 16) {
+                            typename M::B d_o[2];
+                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
 #pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) {
-                            M::multiply(acc[i][d / 8], p[i][n][0], d_o[0]);
-                            M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[1]);
+                            for (int i = 0; i < kMTiles; ++i) {
+                                M::multiply(acc[i][d / 8], p[i][n][0], d_o[0]);
+                                M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[1]);
+                            }
                         }
                     }
-                }
-            } else {
+                } else {
 #pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A a[kMTiles];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) {
-                        *reinterpret_cast<uint4 *>(&a[i]) =
-                            smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][lane];
-                        if constexpr (kModified)
-#pragma unroll
-                            for (int word = 0; word < 4; ++word) a[i].x[word] &= ~sign_halves(a[i].x[word]); // dropped
-                    }
-#pragma unroll
-                    for (int d = 0; d < T::kWarpDim; d += 16) {
-                        typename M::B d_o[2];
-                        M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+                    for (int n = 0; n < T::kBlockM / 16; ++n) {
+                        typename M::A a[kMTiles];
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) {
-                            M::multiply(acc[i][d / 8], a[i], d_o[0]);
-                            M::multiply(acc[i][d / 8 + 1], a[i], d_o[1]);
+                            *reinterpret_cast<uint4 *>(&a[i]) =
+                                smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][0][lane];
+                            if constexpr (kModified)
+#pragma unroll
+                                for (int word = 0; word < 4; ++word)
+                                    a[i].x[word] &= ~sign_halves(a[i].x[word]); // dropped
+                        }
+#pragma unroll
+                        for (int d = 0; d < T::kWarpDim; d += 16) {
+                            typename M::B d_o[2];
+                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i) {
+                                M::multiply(acc[i][d / 8], a[i], d_o[0]);
+                                M::multiply(acc[i][d / 8 + 1], a[i], d_o[1]);
+                            }
                         }
                     }
                 }
@@ -434,51 +506,87 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 distance0 =
                     static_cast<float>(now_m0 + pair_row + len_k - len_q - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
-            const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, 0);
-            typename M::A ds[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+            const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
+            typename M::A ds[kFloat ? 1 : kMTiles][kFloat ? 1 : T::kWarpQueries / 16][16 / M::kDepth]; // of 16 bits
+            if constexpr (kFloat) {
 #pragma unroll
-            for (int n = 0; n < T::kWarpQueries / 16; ++n) {
-                const float2 left = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n]);
-                const float2 right = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8]);
+                for (int n = 0; n < T::kWarpQueries / 16; ++n)
 #pragma unroll
-                for (int i = 0; i < kMTiles; ++i) {
-                    const uint4 p = p_fragments.x[n][i][lane];
-                    const uint32_t words[4] = {p.x, p.y, p.z, p.w};
-                    uint4 cap = make_uint4(0, 0, 0, 0);
-                    if constexpr (kModified)
-                        if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][lane];
-                    const uint32_t cap_words[4] = {cap.x, cap.y, cap.z, cap.w};
+                    for (int side = 0; side < 2; ++side) {
+                        const float2 delta =
+                            *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8 * side]);
 #pragma unroll
-                    for (int word = 0; word < 4; ++word) { // a row of a tile of 8 columns
-                        const float2 delta = word < 2 ? left : right;
-                        float2 pair = unpack(words[word], kDtype<Element>);
-                        float &dp0 = acc_s[i][2 * n + word / 2][word % 2 * 2], &dp1 = (&dp0)[1];
-                        if constexpr (kModified) {
-                            dp0 = words[word] & 0x8000 ? 0 : dp0 * keep;
-                            dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
-                            pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
-                        }
-                        dp0 = pair.x * (dp0 - delta.x);
-                        dp1 = pair.y * (dp1 - delta.y);
-                        if constexpr (kModified) {
-                            if (wants_slopes) {
-                                const float distance =
-                                    distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
-                                slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
+                        for (int i = 0; i < kMTiles; ++i) {
+                            float (&dp)[4] = acc_s[i][2 * n + side];
+                            const float4 p4 = p_fragments.x[n][i][side][lane];
+                            float4 cap4 = make_float4(1, 1, 1, 1);
+                            if constexpr (kModified)
+                                if (caps) cap4 = smem.modified.cap[key_warp][half].x[n][i][side][lane];
+                            const float p[4] = {p4.x, p4.y, p4.z, p4.w}, cap[4] = {cap4.x, cap4.y, cap4.z, cap4.w};
+#pragma unroll
+                            for (int entry = 0; entry < 4; ++entry) {
+                                if constexpr (kModified)
+                                    dp[entry] = __float_as_uint(p[entry]) >> 31 ? 0 : dp[entry] * keep;
+                                dp[entry] = fabsf(p[entry]) * (dp[entry] - (entry % 2 ? delta.y : delta.x));
+                                if constexpr (kModified) {
+                                    if (wants_slopes)
+                                        slope_sum += dp[entry] *
+                                                     fabsf(distance0 + static_cast<float>(16 * n + 8 * side - 16 * i -
+                                                                                          entry / 2 * 8 + entry % 2));
+                                    dp[entry] *= cap[entry];
+                                }
                             }
-                            if (caps) {
-                                const float2 slope = unpack(cap_words[word], kDtype<Element>);
-                                dp0 *= slope.x, dp1 *= slope.y;
-                            }
+#pragma unroll
+                            for (int upper = 0; upper < 2; ++upper)
+                                store_shared_2(place_store.at(16 * i + 8 * upper, 4 * n + 2 * side) + lane % 2 * 8,
+                                               __float_as_uint(dp[2 * upper]), __float_as_uint(dp[2 * upper + 1]));
                         }
                     }
-                    M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+            } else {
 #pragma unroll
-                    for (int word = 0; word < 4; ++word)
-                        store_shared(
-                            place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2) +
-                                lane % 4 * 4,
-                            ds[i][n][0].x[word]);
+                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                    const float2 left = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n]);
+                    const float2 right = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8]);
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        const uint4 p = p_fragments.x[n][i][0][lane];
+                        const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+                        uint4 cap = make_uint4(0, 0, 0, 0);
+                        if constexpr (kModified)
+                            if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][0][lane];
+                        const uint32_t cap_words[4] = {cap.x, cap.y, cap.z, cap.w};
+#pragma unroll
+                        for (int word = 0; word < 4; ++word) { // a row of a tile of 8 columns
+                            const float2 delta = word < 2 ? left : right;
+                            float2 pair = unpack(words[word], kDtype<Element>);
+                            float &dp0 = acc_s[i][2 * n + word / 2][word % 2 * 2], &dp1 = (&dp0)[1];
+                            if constexpr (kModified) {
+                                dp0 = words[word] & 0x8000 ? 0 : dp0 * keep;
+                                dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
+                                pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
+                            }
+                            dp0 = pair.x * (dp0 - delta.x);
+                            dp1 = pair.y * (dp1 - delta.y);
+                            if constexpr (kModified) {
+                                if (wants_slopes) {
+                                    const float distance =
+                                        distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
+                                    slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
+                                }
+                                if (caps) {
+                                    const float2 slope = unpack(cap_words[word], kDtype<Element>);
+                                    dp0 *= slope.x, dp1 *= slope.y;
+                                }
+                            }
+                        }
+                        M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+#pragma unroll
+                        for (int word = 0; word < 4; ++word)
+                            store_shared(
+                                place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2) +
+                                    lane % 4 * 4,
+                                ds[i][n][0].x[word]);
+                    }
                 }
             }
             if constexpr (kModified) {
@@ -491,27 +599,38 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                 }
             }
-            const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
-            const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
-            if (T::kHalves == 2) barrier_wait(1 + T::kKeyWarps + key_warp, 64); // dS^T of both pairs is there
+            if constexpr (kFloat) {
+                const auto place_b = M::place_b_transposed(smem.q[stage]);
 #pragma unroll
-            for (int n = 0; n < T::kBlockM / 16; ++n) {
-                typename M::A a[kMTiles];
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles][2];
 #pragma unroll
-                for (int i = 0; i < kMTiles; ++i) {
-                    if constexpr (T::kHalves == 1)
-                        a[i] = ds[i][n][0];
-                    else
-                        M::load_a(a[i], place_ds, 16 * i, 16 * n);
+                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    add_product(acc, a, place_b, 16 * n);
                 }
+            } else {
+                const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
+                const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
+                if (T::kHalves == 2) barrier_wait(1 + T::kKeyWarps + key_warp, 64); // dS^T of both pairs is there
 #pragma unroll
-                for (int d = 0; d < T::kWarpDim; d += 16) {
-                    typename M::B q[2];
-                    M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles];
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i) {
-                        M::multiply(acc[i][d / 8], a[i], q[0]);
-                        M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
+                        if constexpr (T::kHalves == 1)
+                            a[i] = ds[i][n][0];
+                        else
+                            M::load_a(a[i], place_ds, 16 * i, 16 * n);
+                    }
+#pragma unroll
+                    for (int d = 0; d < T::kWarpDim; d += 16) {
+                        typename M::B q[2];
+                        M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            M::multiply(acc[i][d / 8], a[i], q[0]);
+                            M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
+                        }
                     }
                 }
             }
@@ -525,32 +644,51 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
     if (turns > 0) tell_added(turns - 1);
 
-    auto &out = makes_dv ? smem.v : smem.k;
     const float factor = makes_dv ? keep : scale;
+    if constexpr (kFloat) {
+        const int64_t width = makes_dv ? forward.head_dim_v : forward.head_dim;
+        const Rows<float> out(makes_dv ? args.d_v : args.d_k, FA_FLOAT32, seq.batch_index, h_kv, seq.row_k, width);
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kOTiles; ++j)
+        for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
             for (int upper = 0; upper < 2; ++upper) {
-                auto *at = out.at(key_warp * T::kWarpKeys + 16 * i + 8 * upper + lane / 4,
-                                  T::kHalves * (j / 2 * 2) + 2 * half + j % 2);
-                store_shared(shared_address(at) + lane % 4 * 4,
-                             M::round_pair(acc[i][j][2 * upper] * factor, acc[i][j][2 * upper + 1] * factor));
+                const int key = key0 + key_warp * T::kWarpKeys + 16 * i + 8 * upper + lane / 4;
+#pragma unroll
+                for (int j = 0; j < kOTiles; j += 2) {
+                    const float4 x = M::four_columns(acc[i][j], acc[i][j + 1], upper);
+                    const int column = 8 * j + lane % 4 * 4;
+                    if (key < len_k && column < width)
+                        *reinterpret_cast<float4 *>(out.at(key, column)) =
+                            make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+                }
             }
-    __syncthreads(); // they are there
-    const Rows<float> d_k(args.d_k, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
-    const Rows<float> d_v(args.d_v, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim_v);
-    constexpr int kColumns = T::kDim / 8;
-    for (int index = threadIdx.x; index < T::kBlockN * kColumns; index += T::kThreads) {
-        const int r = index / kColumns, column = index % kColumns;
-        if (key0 + r >= len_k) break;
-        if (column * 8 < forward.head_dim)
-            *reinterpret_cast<uint4 *>(d_k.at(key0 + r, column * 8)) =
-                *reinterpret_cast<const uint4 *>(smem.k.at(r, column));
-        if (column * 8 < forward.head_dim_v)
-            *reinterpret_cast<uint4 *>(d_v.at(key0 + r, column * 8)) =
-                *reinterpret_cast<const uint4 *>(smem.v.at(r, column));
+    } else {
+        auto &out = makes_dv ? smem.v : smem.k;
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kOTiles; ++j)
+#pragma unroll
+                for (int upper = 0; upper < 2; ++upper) {
+                    auto *at = out.at(key_warp * T::kWarpKeys + 16 * i + 8 * upper + lane / 4,
+                                      T::kHalves * (j / 2 * 2) + 2 * half + j % 2);
+                    store_shared(shared_address(at) + lane % 4 * 4,
+                                 M::round_pair(acc[i][j][2 * upper] * factor, acc[i][j][2 * upper + 1] * factor));
+                }
+        __syncthreads(); // they are there
+        const Rows<float> d_k(args.d_k, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
+        const Rows<float> d_v(args.d_v, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim_v);
+        constexpr int kColumns = T::kDim / 8;
+        for (int index = threadIdx.x; index < T::kBlockN * kColumns; index += T::kThreads) {
+            const int r = index / kColumns, column = index % kColumns;
+            if (key0 + r >= len_k) break;
+            if (column * 8 < forward.head_dim)
+                *reinterpret_cast<uint4 *>(d_k.at(key0 + r, column * 8)) =
+                    *reinterpret_cast<const uint4 *>(smem.k.at(r, column));
+            if (column * 8 < forward.head_dim_v)
+                *reinterpret_cast<uint4 *>(d_v.at(key0 + r, column * 8)) =
+                    *reinterpret_cast<const uint4 *>(smem.v.at(r, column));
+        }
     }
 }
 
@@ -560,7 +698,6 @@ __global__ void __launch_bounds__(T::kThreads)
     tensor_core_round_dq(const __grid_constant__ fa_backward_args args, const __grid_constant__ QueryGradient dq) {
     using Element = typename T::Element;
     using M = Mma<Element>;
-    __shared__ SwizzledTile<Element, T::kBlockM, T::kDim> tile;
     const fa_forward_args &forward = args.forward;
     const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, T::kBlockM));
     const fa_sequence seq = fa_sequence_at(&forward, place.b);
@@ -576,31 +713,61 @@ __global__ void __launch_bounds__(T::kThreads)
 #pragma unroll
     for (int chain = 0; chain < kMostChains; ++chain)
         is_there[chain] = chain < dq.chains && dq.turns[block * dq.chains + chain] > 0;
+    if constexpr (T::kFloat) {
+        const Rows<float> d_q(args.d_q, FA_FLOAT32, seq.batch_index, place.head, seq.row_q, forward.head_dim);
 #pragma unroll
-    for (int i = 0; i < T::kQueryTiles; ++i)
+        for (int i = 0; i < T::kQueryTiles; ++i)
 #pragma unroll
-        for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
-            float4 x = make_float4(0, 0, 0, 0);
+            for (int j = 0; j < T::kColumnTiles; ++j) {
+                float x[2][4] = {};
 #pragma unroll
-            for (int chain = 0; chain < kMostChains; ++chain)
-                if (is_there[chain]) {
-                    const float4 y = sums[chain * T::kBlockM * T::kDim / 4 + (i * 2 * T::kColumnTiles + j) * 32];
-                    x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+                for (int chain = 0; chain < kMostChains; ++chain)
+#pragma unroll
+                    for (int side = 0; side < 2; ++side)
+                        if (is_there[chain]) {
+                            const float4 y =
+                                sums[chain * T::kBlockM * T::kDim / 4 + ((i * T::kColumnTiles + j) * 2 + side) * 32];
+                            x[side][0] += y.x, x[side][1] += y.y, x[side][2] += y.z, x[side][3] += y.w;
+                        }
+                const int column = 16 * (column_warp * T::kColumnTiles + j) + lane % 4 * 4;
+#pragma unroll
+                for (int upper = 0; upper < 2; ++upper) {
+                    const int64_t row = m0 + 16 * (query_warp * T::kQueryTiles + i) + 8 * upper + lane / 4;
+                    const float4 four = M::four_columns(x[0], x[1], upper);
+                    if (row < seq.len_q && column < forward.head_dim)
+                        *reinterpret_cast<float4 *>(d_q.at(row, column)) =
+                            make_float4(four.x * scale, four.y * scale, four.z * scale, four.w * scale);
                 }
-            const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
-            const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
-            store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4, M::round_pair(x.x * scale, x.y * scale));
-            store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4,
-                         M::round_pair(x.z * scale, x.w * scale));
+            }
+    } else {
+        __shared__ SwizzledTile<Element, T::kBlockM, T::kDim> tile;
+#pragma unroll
+        for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
+                float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+                for (int chain = 0; chain < kMostChains; ++chain)
+                    if (is_there[chain]) {
+                        const float4 y = sums[chain * T::kBlockM * T::kDim / 4 + (i * 2 * T::kColumnTiles + j) * 32];
+                        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+                    }
+                const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
+                const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
+                store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4,
+                             M::round_pair(x.x * scale, x.y * scale));
+                store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4,
+                             M::round_pair(x.z * scale, x.w * scale));
+            }
+        __syncthreads(); // all of the block is there
+        const Rows<float> d_q(args.d_q, kDtype<Element>, seq.batch_index, place.head, seq.row_q, forward.head_dim);
+        constexpr int kColumns = T::kDim / 8;
+        for (int index = threadIdx.x; index < T::kBlockM * kColumns; index += T::kThreads) {
+            const int r = index / kColumns, column = index % kColumns;
+            if (m0 + r < seq.len_q && column * 8 < forward.head_dim)
+                *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) =
+                    *reinterpret_cast<const uint4 *>(tile.at(r, column));
         }
-    __syncthreads(); // all of the block is there
-    const Rows<float> d_q(args.d_q, kDtype<Element>, seq.batch_index, place.head, seq.row_q, forward.head_dim);
-    constexpr int kColumns = T::kDim / 8;
-    for (int index = threadIdx.x; index < T::kBlockM * kColumns; index += T::kThreads) {
-        const int r = index / kColumns, column = index % kColumns;
-        if (m0 + r < seq.len_q && column * 8 < forward.head_dim)
-            *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) =
-                *reinterpret_cast<const uint4 *>(tile.at(r, column));
     }
 }
 
