@@ -64,7 +64,8 @@ def promises(impl: str, dtype: str | torch.dtype, *head_dims: int, aligned: bool
     if impl == "split":
         return dtype != torch.float64
     if impl == "tensor_core":
-        return dtype.itemsize == 2 and aligned and all(dim % 8 == 0 and dim <= 256 for dim in head_dims)
+        widest = {2: 256, 4: 128, 8: 0}[dtype.itemsize]
+        return aligned and all(dim * dtype.itemsize % 16 == 0 and dim <= widest for dim in head_dims)
     return True
 
 

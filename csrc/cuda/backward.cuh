@@ -12,6 +12,8 @@
 
 #include "cuda/scores.cuh"
 
+constexpr float kExactLse = 64, kExactLse16 = 4096; // a larger |lse| is corrected: of float32 inputs, of 16-bit ones
+
 // One value for each row of q, [batch][heads_q][seqlen_q] or, packed, [heads_q][total_q]. Where a row has neither
 // key nor sink lse is +inf, so that P = 0, and delta is 0. P = e^(S - lse - correction), see backward_correction.cu.
 template <typename Real>

@@ -7,8 +7,6 @@
 
 enum { kTileRows = 4, kTileCols = 8, kBlockM = 64, kBlockN = 64 }; // of S, where it is needed
 
-constexpr float kExactLse = 64, kExactLse16 = 4096; // a larger |lse| is corrected: of float32 inputs, of 16-bit ones
-
 // correction = ln sum e^(S - lse), over the keys of a row and its sink. of_row: holds lse.
 __device__ void sum_rows_again(const fa_forward_args &args, const fa_sequence &seq, int64_t b, int64_t h, int64_t row0,
                                int64_t row_end, const RowValues<float> &of_row,

@@ -1,9 +1,38 @@
-// What the kernels of the backward on tensor cores share beside backward.cuh: the float32 sums that become dQ.
+// FlashAttention backward on tensor cores (mma.sync), sm_80 and newer.
+//
+//   P = e^(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P o (dP - delta),  dK = scale dS^T Q,  dQ = scale dS K
+//                                                                          Dao, FlashAttention-2 (2023), algorithm 2
+//
+// A block owns kBlockN keys of one key/value head and walks over the rows of its query heads that see them, kBlockM at a
+// time. Its warps come in pairs that share 32 keys: a value warp makes S^T, P^T and dV, a key warp dP^T, dS^T and dK, so
+// that 32 rows of either gradient fit a warp's registers, and each fragment of Q and dO that is read serves two
+// products. P^T goes to the key warp through shared memory; dS^T lies there for dQ, which all warps make together, a turn later:
+//
+//   value warp  | barrier, load the next Q, dO | S^T = K Q^T    | P^T -> pair | dV += P^T dO       | dQ' += dS K of the turn before
+//   key warp    |                              | dQ' += dS K of | dP^T = V dO^T | dS^T -> smem | dK += dS^T Q
+//                                                the turn before
+//
+// dQ' are float32 sums in memory. The blocks of keys add to a block of queries in the order of their keys, each
+// waiting for the one before: the same bits on every run. They walk from the last rows to the first, one
+// turn behind each other, so that waiting costs as many turns at the start of a launch as a head has blocks, and nothing after.
+//
+// Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
+// queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
+//
+// Float32 multiplies as pairs of tf32 and adds up in float32, 16 queries or keys at a time (mma_float.cuh); P^T, dS^T and
+// the softcap's slopes pass between warps in float32.
 #ifndef FA_TENSOR_CORE_BACKWARD_CUH
 #define FA_TENSOR_CORE_BACKWARD_CUH
 
-#include "cuda/backward.cuh"
+#include "cuda/fused_backward.cuh"
+#include "cuda/mma_float.cuh"
 #include "cuda/mma_scores.cuh"
+#include "cuda/ptx/sync.cuh"
+
+// bytes not NULL: only tells the workspace.
+fa_status fa_tensor_core_backward_f32(const fa_backward_args *args, bool modified, size_t *bytes);
+
+constexpr float kLog2E = 1.44269504f;
 
 // dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. The
 // blocks of keys that a block of queries sees add to it one after the other, from the first key on: turns counts those that have. No
@@ -26,6 +55,887 @@ __host__ __device__ __forceinline__ int64_t query_blocks(const fa_forward_args &
 template <int kBlockM>
 __device__ __forceinline__ int64_t first_query_block(const fa_forward_args &args, const fa_sequence &seq, int64_t b) {
     return args.cu_seqlens_q ? seq.row_q / kBlockM + b : b * fa_ceil_div(args.seqlen_q, kBlockM);
+}
+
+template <typename Element_, int kDim_, int kKeyWarps_, int kHalves_, int kMTiles_, int kBlockM_, int kBlocksPerSm_>
+struct BackwardTile {
+    using Element = Element_;
+    static constexpr int kDim = kDim_, kKeyWarps = kKeyWarps_, kHalves = kHalves_, kMTiles = kMTiles_;
+    static constexpr int kBlockM = kBlockM_, kBlocksPerSm = kBlocksPerSm_;
+    static constexpr bool kFloat = kDtype<Element> == FA_FLOAT32;
+    static constexpr int kWarpKeys = 16 * kMTiles, kBlockN = kWarpKeys * kKeyWarps;
+    static constexpr int kWarps = 2 * kKeyWarps * kHalves, kThreads = 32 * kWarps;
+    static constexpr int kWarpQueries = kBlockM / kHalves, kWarpDim = kDim / kHalves;
+    // Of dQ a warp makes 16 kQueryTiles rows and every kColumnWarps-th 16 columns; float32: kColumnTiles side by side.
+    static constexpr int kQueryTiles = kBlockM % 32 == 0 && kDim / 16 % (kWarps * 32 / kBlockM) == 0 ? 2 : 1;
+    static constexpr int kQueryWarps = kBlockM / (16 * kQueryTiles), kColumnWarps = kWarps / kQueryWarps;
+    static constexpr int kColumnTiles = kDim / 16 / kColumnWarps; // of 16
+    static_assert(kColumnTiles * 16 * kColumnWarps == kDim && kQueryWarps * kColumnWarps == kWarps);
+    static constexpr int kPartners = 64 * kHalves; // threads that share keys
+    struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
+        std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
+    };
+    struct Modified {
+        Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
+        MmaScoreRule rules[4];             // of query heads; three are in use
+        double slopes[2][kWarps];          // sums of dS |i + offset - j|, of the last head and the one before
+    };
+    struct Nothing {};
+    using BiasTile = SwizzledTile<Element, 8, 64>; // none is staged
+    // What a turn reads and adds to: made two turns ahead by one thread.
+    struct Turn {
+        const char *q, *d_o; // row m0
+        const float *lse, *correction, *delta;
+        float *sums;    // dQ' of the block of queries
+        int32_t *added; // the blocks of keys that have added to it
+        int h, m0, before;
+        bool is_whole; // all rows see all keys
+    };
+    template <bool kModified>
+    struct Smem {
+        SwizzledTile<Element, kBlockN, kDim> k, v; // dK, dV at the end
+        SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
+        SwizzledTile < Element, kBlockN, kFloat &&kBlockM<32 ? 32 : kBlockM> ds[2]; // dS^T
+        Fragments p[kKeyWarps][kHalves];
+        alignas(16) float lse[2][kBlockM], correction[2][kBlockM], delta[2][kBlockM];
+        float far_lse[2][kFloat ? 1 : kBlockM]; // of 16-bit inputs where rows are far; lse is 0 there
+        Turn turns[8];                          // of which five are in use
+        std::conditional_t<kModified, Modified, Nothing> modified;
+    };
+};
+
+// Of blocks: sections of as many heads as the device holds at a time, then keys, then heads. Blocks that start together then
+// belong to different heads, and none waits for the other.
+struct BackwardOrder {
+    int section;
+};
+
+template <typename T, bool kModified>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    tensor_core_backward(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan,
+                         const __grid_constant__ QueryGradient dq, const __grid_constant__ BackwardOrder order) {
+    using Element = typename T::Element;
+    using M = Mma<Element>;
+    constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpQueries / 8, kOTiles = T::kWarpDim / 8;
+    constexpr bool kFloat = T::kFloat;
+    static_assert(!kFloat || T::kHalves == 1, "float32: keys of one pair");
+    extern __shared__ __align__(1024) unsigned char shared[];
+    auto &smem = *reinterpret_cast<typename T::template Smem<kModified> *>(shared);
+
+    const fa_forward_args &forward = args.forward;
+    const int n_blocks = static_cast<int>(fa_ceil_div(forward.seqlen_k, T::kBlockN));
+    const int in_section = static_cast<int>(blockIdx.x) % (order.section * n_blocks);
+    const int section0 = static_cast<int>(blockIdx.x) / (order.section * n_blocks) * order.section;
+    const int section = min(order.section, static_cast<int>(forward.batch * forward.heads_kv) - section0);
+    const int bh = section0 + in_section % section, heads_kv = static_cast<int>(forward.heads_kv);
+    const int b = warp_uniform(bh / heads_kv), h_kv = warp_uniform(bh % heads_kv),
+              group = static_cast<int>(forward.heads_q / forward.heads_kv);
+    const int n_block = warp_uniform(in_section / section), key0 = n_block * T::kBlockN;
+    const fa_sequence seq = fa_sequence_at(&forward, b);
+    const int len_q = warp_uniform(static_cast<int>(seq.len_q)), len_k = warp_uniform(static_cast<int>(seq.len_k));
+    if (key0 >= len_k) return;
+    const fa_interval rows = fa_seeing_rows(&forward, &seq, key0, min(key0 + T::kBlockN, len_k));
+
+    const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+    const bool makes_dv = warp < T::kWarps / 2; // a value warp
+    const int key_warp = warp % T::kKeyWarps, half = warp / T::kKeyWarps % T::kHalves;
+    const bool is_far = *plan.has_far_rows != 0;
+    const float scale = static_cast<float>(forward.softmax_scale);
+    const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
+
+    const auto head_of = [&](const fa_tensor &t, int64_t head, int64_t row) {
+        return static_cast<const char *>(t.data) + fa_row_offset(&t, seq.batch_index, head, row) * sizeof(Element);
+    };
+    // The turns go query head by query head, and in each from the last rows to the first.
+    const int row_lo = static_cast<int>(rows.lo) / T::kBlockM * T::kBlockM;
+    const int row_last = static_cast<int>((rows.hi - 1) / T::kBlockM) * T::kBlockM;
+    const int of_head = rows.lo < rows.hi ? (row_last - row_lo) / T::kBlockM + 1 : 0;
+    const int turns = warp_uniform(of_head * group);
+    const auto describe = [&](int turn) {
+        if (turn >= turns) return;
+        typename T::Turn &next = smem.turns[turn % 8];
+        const int h = h_kv * group + turn / of_head, m0 = row_last - turn % of_head * T::kBlockM;
+        const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
+        const int64_t block = h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) + m0 / T::kBlockM;
+        const fa_interval first = fa_visible_keys(&forward, &seq, m0);
+        const fa_interval last = fa_visible_keys(&forward, &seq, min(m0 + T::kBlockM, len_q) - 1);
+        next.q = head_of(forward.q, h, seq.row_q + m0);
+        next.d_o = head_of(args.d_o, h, seq.row_q + m0);
+        next.lse = of_row.lse + m0, next.correction = of_row.correction + m0, next.delta = of_row.delta + m0;
+        if constexpr (kModified)
+            if (turn % of_head == 0) smem.modified.rules[turn / of_head % 4] = MmaScoreRule(forward, seq, b, h);
+        const int nth =
+            n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
+        next.sums = dq.sums + (block * dq.chains + nth % dq.chains) * T::kBlockM * T::kDim;
+        next.added = dq.turns + block * dq.chains + nth % dq.chains;
+        next.h = h, next.m0 = m0, next.before = nth / dq.chains;
+        next.is_whole = m0 + T::kBlockM <= len_q && last.lo <= key0 && key0 + T::kBlockN <= first.hi;
+    };
+    using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
+    using QueryCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.q[0])>>;
+    const auto copy_q = [&](const typename T::Turn &turn) {
+        return QueryCopy(turn.q, forward.q.stride_l, forward.head_dim, 0, len_q - turn.m0);
+    };
+    const auto copy_d_o = [&](const typename T::Turn &turn) {
+        return QueryCopy(turn.d_o, args.d_o.stride_l, forward.head_dim_v, 0, len_q - turn.m0);
+    };
+    const auto copy_row_values = [&](const typename T::Turn &turn, int stage) {
+        const int i = threadIdx.x % T::kBlockM; // zeros beyond the end, as in Q and dO
+        if (threadIdx.x < T::kBlockM) {
+            const bool is_row = turn.m0 + i < len_q;
+            cp_async_4(&smem.lse[stage][i], turn.lse + i, is_row && (kFloat || !is_far));
+            if (kFloat || is_far) cp_async_4(&smem.correction[stage][i], turn.correction + i, is_row);
+            if (!kFloat && is_far) cp_async_4(&smem.far_lse[stage][i], turn.lse + i, is_row);
+        } else if (threadIdx.x < 2 * T::kBlockM) {
+            cp_async_4(&smem.delta[stage][i], turn.delta + i, turn.m0 + i < len_q);
+        }
+    };
+
+    // dQ' += dS K of a turn, after the keys before these.
+    const auto add_to_dq = [&](int turn_index) {
+        const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
+        const auto place_ds =
+            M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
+        const auto place_k = M::place_b_transposed(
+            smem.k, 0, column_warp * (kFloat ? T::kColumnTiles * M::kColumnsIn16 : M::kColumnsIn16));
+        const int before = smem.turns[turn_index % 8].before;
+        const int32_t *counter = smem.turns[turn_index % 8].added;
+        float *sums = smem.turns[turn_index % 8].sums + (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
+        int added = before > 0 ? load_relaxed(counter) : 0; // asked for ahead
+        float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
+        if constexpr (kFloat) {
+#pragma unroll
+            for (int key = 0; key < T::kBlockN; key += 16) {
+                typename M::A a[T::kQueryTiles][2];
+#pragma unroll
+                for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+                    for (int part = 0; part < 2; ++part)
+                        M::load_a_transposed(a[i][part], place_ds, 16 * i, key + M::kDepth * part);
+                add_product(acc, a, place_k, key);
+            }
+        } else {
+#pragma unroll
+            for (int key = 0; key < T::kBlockN; key += M::kDepth) {
+                typename M::A a[T::kQueryTiles];
+#pragma unroll
+                for (int i = 0; i < T::kQueryTiles; ++i) M::load_a_transposed(a[i], place_ds, 16 * i, key);
+#pragma unroll
+                for (int j = 0; j < T::kColumnTiles; ++j) {
+                    typename M::B k[2];
+                    M::load_b_transposed(k, place_k, key, 16 * T::kColumnWarps * j);
+#pragma unroll
+                    for (int i = 0; i < T::kQueryTiles; ++i) {
+                        M::multiply(acc[i][2 * j], a[i], k[0]);
+                        M::multiply(acc[i][2 * j + 1], a[i], k[1]);
+                    }
+                }
+            }
+        }
+        while (added != before) added = load_relaxed(counter); // the blocks before have added theirs
+#pragma unroll
+        for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
+                float *at = sums + (i * 2 * T::kColumnTiles + j) * 32 * 4;
+                const float (&x)[4] = acc[i][j];
+                if (before > 0)
+                    reduce_add_4(at, x[0], x[1], x[2], x[3]);
+                else
+                    *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
+            }
+    };
+    // After a barrier that all warps came to since they added.
+    const auto tell_added = [&](int turn_index) {
+        const typename T::Turn &turn = smem.turns[turn_index % 8];
+        if (threadIdx.x == 0) store_release(turn.added, turn.before + 1);
+    };
+
+    // After a barrier that all warps came to since the head's last turn.
+    const auto store_slopes = [&](int head_index) {
+        if constexpr (kModified) {
+            if (!plan.slope_sums || threadIdx.x != 0) return;
+            double sum = 0;
+            for (int w = T::kWarps / 2; w < T::kWarps; ++w) sum += smem.modified.slopes[head_index % 2][w];
+            plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * n_blocks +
+                            n_block] = sum;
+        }
+    };
+
+    double slope_total = 0;              // of a head, in a key warp: this thread's dS |i + offset - j|
+    float acc[kMTiles][kOTiles][4] = {}; // dV of a value warp, dK of a key warp
+
+    KeyCopy(head_of(forward.k, h_kv, seq.row_k), forward.k.stride_l, forward.head_dim, key0, len_k).all(smem.k);
+    KeyCopy(head_of(forward.v, h_kv, seq.row_k), forward.v.stride_l, forward.head_dim_v, key0, len_k).all(smem.v);
+    cp_async_commit();
+
+    if (threadIdx.x == T::kThreads - 32) describe(0), describe(1);
+    __syncthreads(); // the first turns are described
+    if (turns > 0) {
+        const typename T::Turn &first = smem.turns[0];
+        copy_q(first).all(smem.q[0]);
+        copy_d_o(first).all(smem.d_o[0], plan.has_blind_rows ? first.lse : nullptr);
+        copy_row_values(first, 0);
+    }
+    for (int turn = 0; turn < turns; ++turn) {
+        const int stage = turn % 2;
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads(); // Q and dO are there; those of the turn before were read, its dS is there, and dQ' of the one before that
+        if (turn >= 2) tell_added(turn - 2);
+        if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
+        if (threadIdx.x == T::kThreads - 32) describe(turn + 2);
+        // The next turn's; where there is none, this one's again.
+        const int now_m0 = smem.turns[turn % 8].m0;
+        const bool is_whole = smem.turns[turn % 8].is_whole;
+        const typename T::Turn next = smem.turns[min(turn + 1, turns - 1) % 8];
+        copy_row_values(next, stage ^ 1);
+        QueryCopy next_q = copy_q(next);
+        if (!makes_dv && turn > 0) add_to_dq(turn - 1);
+
+        // S^T, or dP^T, of the warp's keys and the pair's queries.
+        float acc_s[kMTiles][kNTiles][4] = {};
+        {
+            const auto place_a = M::place_a(makes_dv ? smem.k : smem.v, key_warp * T::kWarpKeys);
+            const auto place_b = M::place_b(makes_dv ? smem.q[stage] : smem.d_o[stage], half * T::kWarpQueries);
+            if constexpr (kFloat) {
+                multiply_rows<T::kDim>(acc_s, place_a, place_b, [&](int d) {
+#pragma unroll
+                    for (int n = 0; n < QueryCopy::kCopies; ++n)
+                        if (n * T::kDim / QueryCopy::kCopies / M::kDepth == d / M::kDepth)
+                            next_q.part(smem.q[stage ^ 1], n);
+                });
+            } else {
+                // 16 queries of a part of the depth are a step. Where registers are left, operands are loaded a step
+                // ahead.
+                constexpr int kAhead = T::kHalves == 2;
+                constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
+                typename M::A a[2][kMTiles];
+                typename M::B queries[2][2];
+                const auto load_step = [&](int step) {
+                    const int d = step / kQuerySteps * M::kDepth;
+                    if (step % kQuerySteps == 0)
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                    M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
+                };
+                if (kAhead) load_step(0);
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    if (step + kAhead < kSteps) load_step(step + kAhead);
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int j = 0; j < 2; ++j)
+                            M::multiply(acc_s[i][step % kQuerySteps * 2 + j], a[step / kQuerySteps % 2][i],
+                                        queries[step % 2][j]);
+#pragma unroll
+                    for (int n = 0; n < QueryCopy::kCopies; ++n)
+                        if (n * kSteps / QueryCopy::kCopies == step) next_q.part(smem.q[stage ^ 1], n);
+                }
+            }
+        }
+        copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
+
+        const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
+        auto &p_fragments = smem.p[key_warp][half];
+        const int barrier = 1 + key_warp;
+        if (makes_dv) {
+            const int thread_query = now_m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
+            float natural = scale; // a score of 1
+            uint32_t kept[kMTiles][T::kWarpQueries / 64 + 1] = {};
+            bool drops = false;
+            if constexpr (kModified) {
+                const MmaScoreRule &rule = smem.modified.rules[turn / of_head % 4];
+                float last_slope = 1;
+                modify_scores<Element, true>(
+                    acc_s, forward, seq, rule, thread_query, thread_key,
+                    [&](int i, int j, int entry, float slope) {
+                        auto &to_pair = smem.modified.cap[key_warp][half].x[j / 2][i];
+                        if constexpr (kFloat) {
+                            reinterpret_cast<float *>(&to_pair[j % 2][lane])[entry] = slope;
+                        } else {
+                            if (entry % 2)
+                                reinterpret_cast<uint32_t *>(&to_pair[0][lane])[j % 2 * 2 + entry / 2] =
+                                    M::round_pair(last_slope, slope);
+                            last_slope = slope;
+                        }
+                    },
+                    StagedBias<typename T::BiasTile>{});
+                natural = rule.unit;
+                drops = rule.dropout_threshold != 0;
+                if (drops)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int n = 0; n < T::kWarpQueries / 16; n += 4)
+                            kept[i][n / 4] = kept_transposed<(T::kWarpQueries < 64 ? T::kWarpQueries / 16 : 4)>(
+                                rule, now_m0 + half * T::kWarpQueries + 16 * n,
+                                key0 + key_warp * T::kWarpKeys + 16 * i);
+            }
+            if (!is_whole || (!kFloat && is_far)) {
+                if (!is_whole) hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
+                if (!kFloat && is_far) { // no product of lse would be exact enough: S - lse is made on its own
+#pragma unroll
+                    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const float lse = smem.far_lse[stage][pair_row + 8 * j + e];
+                            const float correction = smem.correction[stage][pair_row + 8 * j + e];
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                                for (int entry = e; entry < 4; entry += 2)
+                                    acc_s[i][j][entry] = product(acc_s[i][j][entry], natural) - lse - correction;
+                        }
+                    natural = 1;
+                }
+            }
+            if constexpr (kFloat) { // no product of lse would be exact enough: S - lse is made on its own
+#pragma unroll
+                for (int n = 0; n < T::kWarpQueries / 16; ++n)
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        const int j = 2 * n + side;
+                        const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
+                        const float2 correction =
+                            *reinterpret_cast<const float2 *>(&smem.correction[stage][pair_row + 8 * j]);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            float (&p)[4] = acc_s[i][j];
+                            float sent[4];
+#pragma unroll
+                            for (int entry = 0; entry < 4; ++entry) {
+                                const float s = product(p[entry], natural);
+                                p[entry] = exp_of(entry % 2 ? s - lse.y - correction.y : s - lse.x - correction.x);
+                                sent[entry] = p[entry];
+                                if constexpr (kModified) {
+                                    const int bit = entry % 2 * 16 + n % 4 * 4 + entry / 2 * 2 + side;
+                                    if (drops && !(kept[i][n / 4] >> bit & 1)) // the key warp knows by the sign
+                                        sent[entry] = -p[entry], p[entry] = 0;
+                                }
+                            }
+                            p_fragments.x[n][i][side][lane] = make_float4(sent[0], sent[1], sent[2], sent[3]);
+                        }
+                    }
+                barrier_wait(barrier, T::kPartners); // P^T is there
+                const auto place_b = M::place_b_transposed(smem.d_o[stage]);
+#pragma unroll
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A p[kMTiles][2];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) M::from_scores(p[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    add_product(acc, p, place_b, 16 * n);
+                }
+            } else {
+                const float unit = natural * kLog2E;
+                typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+#pragma unroll
+                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+#pragma unroll
+                    for (int j = 2 * n; j < 2 * n + 2; ++j) {
+                        const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
+                        const float shift[2] = {lse.x * kLog2E, lse.y * kLog2E};
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                            for (int entry = 0; entry < 4; ++entry)
+                                acc_s[i][j][entry] = ex2_approx(fmaf(acc_s[i][j][entry], unit, -shift[entry % 2]));
+                    }
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        M::from_scores(p[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                        uint4 &to_pair = p_fragments.x[n][i][0][lane];
+                        to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
+                        if constexpr (kModified) {
+                            if (drops) { // the key warp knows by the sign
+                                uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
+#pragma unroll
+                                for (int word = 0; word < 4; ++word) {
+                                    const uint32_t mask = kept_pair(kept[i][n / 4], n % 4, word / 2, word % 2);
+                                    sent[word] = words[word] | (~mask & 0x80008000);
+                                    words[word] &= mask;
+                                }
+                            }
+                        }
+                    }
+                }
+                barrier_wait(barrier, T::kPartners);                                    // P^T is there
+                if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
+                const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
+                if constexpr (T::kHalves == 1) {
+#pragma unroll
+                    for (int n = 0; n < T::kBlockM / 16; ++n) {
+#pragma unroll
+                        for (int d = 0; d < T::kWarpDim; d += 16) {
+                            typename M::B d_o[2];
+                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i) {
+                                M::multiply(acc[i][d / 8], p[i][n][0], d_o[0]);
+                                M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[1]);
+                            }
+                        }
+                    }
+                } else {
+#pragma unroll
+                    for (int n = 0; n < T::kBlockM / 16; ++n) {
+                        typename M::A a[kMTiles];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            *reinterpret_cast<uint4 *>(&a[i]) =
+                                smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][0][lane];
+                            if constexpr (kModified)
+#pragma unroll
+                                for (int word = 0; word < 4; ++word)
+                                    a[i].x[word] &= ~sign_halves(a[i].x[word]); // dropped
+                        }
+#pragma unroll
+                        for (int d = 0; d < T::kWarpDim; d += 16) {
+                            typename M::B d_o[2];
+                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i) {
+                                M::multiply(acc[i][d / 8], a[i], d_o[0]);
+                                M::multiply(acc[i][d / 8 + 1], a[i], d_o[1]);
+                            }
+                        }
+                    }
+                }
+            }
+            if (turn > 0) add_to_dq(turn - 1);
+        } else {
+            barrier_wait(barrier, T::kPartners); // P^T is there
+            bool caps = false, wants_slopes = false;
+            float slope_sum = 0, distance0 = 0;
+            if constexpr (kModified) {
+                caps = forward.softcap > 0, wants_slopes = plan.slope_sums != nullptr;
+                distance0 =
+                    static_cast<float>(now_m0 + pair_row + len_k - len_q - key0 - key_warp * T::kWarpKeys - lane / 4);
+            }
+            const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
+            typename M::A ds[kFloat ? 1 : kMTiles][kFloat ? 1 : T::kWarpQueries / 16][16 / M::kDepth]; // of 16 bits
+            if constexpr (kFloat) {
+#pragma unroll
+                for (int n = 0; n < T::kWarpQueries / 16; ++n)
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        const float2 delta =
+                            *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8 * side]);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            float (&dp)[4] = acc_s[i][2 * n + side];
+                            const float4 p4 = p_fragments.x[n][i][side][lane];
+                            float4 cap4 = make_float4(1, 1, 1, 1);
+                            if constexpr (kModified)
+                                if (caps) cap4 = smem.modified.cap[key_warp][half].x[n][i][side][lane];
+                            const float p[4] = {p4.x, p4.y, p4.z, p4.w}, cap[4] = {cap4.x, cap4.y, cap4.z, cap4.w};
+#pragma unroll
+                            for (int entry = 0; entry < 4; ++entry) {
+                                if constexpr (kModified)
+                                    dp[entry] = __float_as_uint(p[entry]) >> 31 ? 0 : dp[entry] * keep;
+                                dp[entry] = fabsf(p[entry]) * (dp[entry] - (entry % 2 ? delta.y : delta.x));
+                                if constexpr (kModified) {
+                                    if (wants_slopes)
+                                        slope_sum += dp[entry] *
+                                                     fabsf(distance0 + static_cast<float>(16 * n + 8 * side - 16 * i -
+                                                                                          entry / 2 * 8 + entry % 2));
+                                    dp[entry] *= cap[entry];
+                                }
+                            }
+#pragma unroll
+                            for (int upper = 0; upper < 2; ++upper)
+                                store_shared_2(place_store.at(16 * i + 8 * upper, 4 * n + 2 * side) + lane % 2 * 8,
+                                               __float_as_uint(dp[2 * upper]), __float_as_uint(dp[2 * upper + 1]));
+                        }
+                    }
+            } else {
+#pragma unroll
+                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                    const float2 left = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n]);
+                    const float2 right = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8]);
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        const uint4 p = p_fragments.x[n][i][0][lane];
+                        const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+                        uint4 cap = make_uint4(0, 0, 0, 0);
+                        if constexpr (kModified)
+                            if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][0][lane];
+                        const uint32_t cap_words[4] = {cap.x, cap.y, cap.z, cap.w};
+#pragma unroll
+                        for (int word = 0; word < 4; ++word) { // a row of a tile of 8 columns
+                            const float2 delta = word < 2 ? left : right;
+                            float2 pair = unpack(words[word], kDtype<Element>);
+                            float &dp0 = acc_s[i][2 * n + word / 2][word % 2 * 2], &dp1 = (&dp0)[1];
+                            if constexpr (kModified) {
+                                dp0 = words[word] & 0x8000 ? 0 : dp0 * keep;
+                                dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
+                                pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
+                            }
+                            dp0 = pair.x * (dp0 - delta.x);
+                            dp1 = pair.y * (dp1 - delta.y);
+                            if constexpr (kModified) {
+                                if (wants_slopes) {
+                                    const float distance =
+                                        distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
+                                    slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
+                                }
+                                if (caps) {
+                                    const float2 slope = unpack(cap_words[word], kDtype<Element>);
+                                    dp0 *= slope.x, dp1 *= slope.y;
+                                }
+                            }
+                        }
+                        M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+#pragma unroll
+                        for (int word = 0; word < 4; ++word)
+                            store_shared(
+                                place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2) +
+                                    lane % 4 * 4,
+                                ds[i][n][0].x[word]);
+                    }
+                }
+            }
+            if constexpr (kModified) {
+                if (wants_slopes) {
+                    slope_total += slope_sum;
+                    if ((turn + 1) % of_head == 0) {
+                        for (int step = 16; step > 0; step /= 2) slope_total += __shfl_xor_sync(~0u, slope_total, step);
+                        if (lane == 0) smem.modified.slopes[turn / of_head % 2][warp] = slope_total;
+                        slope_total = 0;
+                    }
+                }
+            }
+            if constexpr (kFloat) {
+                const auto place_b = M::place_b_transposed(smem.q[stage]);
+#pragma unroll
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles][2];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    add_product(acc, a, place_b, 16 * n);
+                }
+            } else {
+                const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
+                const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
+                if (T::kHalves == 2) barrier_wait(1 + T::kKeyWarps + key_warp, 64); // dS^T of both pairs is there
+#pragma unroll
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) {
+                        if constexpr (T::kHalves == 1)
+                            a[i] = ds[i][n][0];
+                        else
+                            M::load_a(a[i], place_ds, 16 * i, 16 * n);
+                    }
+#pragma unroll
+                    for (int d = 0; d < T::kWarpDim; d += 16) {
+                        typename M::B q[2];
+                        M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) {
+                            M::multiply(acc[i][d / 8], a[i], q[0]);
+                            M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    cp_async_commit();
+    cp_async_wait<0>(); // no copy outlives its block
+    __syncthreads();    // dS of the last turn is there, V was read
+    if (turns > 1) tell_added(turns - 2);
+    if (turns > 0) store_slopes(group - 1), add_to_dq(turns - 1);
+    __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
+    if (turns > 0) tell_added(turns - 1);
+
+    const float factor = makes_dv ? keep : scale;
+    if constexpr (kFloat) {
+        const int64_t width = makes_dv ? forward.head_dim_v : forward.head_dim;
+        const Rows<float> out(makes_dv ? args.d_v : args.d_k, FA_FLOAT32, seq.batch_index, h_kv, seq.row_k, width);
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+                const int key = key0 + key_warp * T::kWarpKeys + 16 * i + 8 * upper + lane / 4;
+#pragma unroll
+                for (int j = 0; j < kOTiles; j += 2) {
+                    const float4 x = M::four_columns(acc[i][j], acc[i][j + 1], upper);
+                    const int column = 8 * j + lane % 4 * 4;
+                    if (key < len_k && column < width)
+                        *reinterpret_cast<float4 *>(out.at(key, column)) =
+                            make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+                }
+            }
+    } else {
+        auto &out = makes_dv ? smem.v : smem.k;
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kOTiles; ++j)
+#pragma unroll
+                for (int upper = 0; upper < 2; ++upper) {
+                    auto *at = out.at(key_warp * T::kWarpKeys + 16 * i + 8 * upper + lane / 4,
+                                      T::kHalves * (j / 2 * 2) + 2 * half + j % 2);
+                    store_shared(shared_address(at) + lane % 4 * 4,
+                                 M::round_pair(acc[i][j][2 * upper] * factor, acc[i][j][2 * upper + 1] * factor));
+                }
+        __syncthreads(); // they are there
+        const Rows<float> d_k(args.d_k, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
+        const Rows<float> d_v(args.d_v, kDtype<Element>, seq.batch_index, h_kv, seq.row_k, forward.head_dim_v);
+        constexpr int kColumns = T::kDim / 8;
+        for (int index = threadIdx.x; index < T::kBlockN * kColumns; index += T::kThreads) {
+            const int r = index / kColumns, column = index % kColumns;
+            if (key0 + r >= len_k) break;
+            if (column * 8 < forward.head_dim)
+                *reinterpret_cast<uint4 *>(d_k.at(key0 + r, column * 8)) =
+                    *reinterpret_cast<const uint4 *>(smem.k.at(r, column));
+            if (column * 8 < forward.head_dim_v)
+                *reinterpret_cast<uint4 *>(d_v.at(key0 + r, column * 8)) =
+                    *reinterpret_cast<const uint4 *>(smem.v.at(r, column));
+        }
+    }
+}
+
+// Float32: what backward_correction.cu has summed, again, of the scores that the backward makes. Those of other products
+// differ by the rounding of a large S, which here cancels: each row of P adds up to 1.
+template <typename T>
+struct CorrectionSmem {
+    static constexpr int kBlockN = T::kWarps * T::kWarpKeys;
+    SwizzledTile<float, kBlockN, T::kDim> k;
+    SwizzledTile<float, T::kBlockM, T::kDim> q;
+    float sums[T::kWarps][T::kBlockM];
+    MmaScoreRule rule;
+};
+template <typename T, bool kModified>
+__global__ void __launch_bounds__(T::kThreads)
+    tensor_core_correct_lse(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
+    using M = Mma<float>;
+    using Smem = CorrectionSmem<T>;
+    constexpr int kMTiles = T::kMTiles, kNTiles = T::kBlockM / 8;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    Smem &smem = *reinterpret_cast<Smem *>(shared);
+
+    const fa_forward_args &forward = args.forward;
+    const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, T::kBlockM));
+    const int64_t b = place.b, h = place.head, h_kv = h / (forward.heads_q / forward.heads_kv);
+    const fa_sequence seq = fa_sequence_at(&forward, b);
+    const int row0 = static_cast<int>(place.part * T::kBlockM), len_k = static_cast<int>(seq.len_k);
+    if (row0 >= seq.len_q) return;
+    const int row_end = static_cast<int>(fa_min(row0 + T::kBlockM, seq.len_q));
+    const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
+    const int own_row = row0 + static_cast<int>(threadIdx.x); // of the first threads
+    const bool has_row = threadIdx.x < T::kBlockM && own_row < row_end;
+    const float own_lse = has_row ? of_row.lse[own_row] : infinity(0.0f);
+    const bool is_inexact =
+        own_lse != infinity(0.0f) && (fabsf(own_lse) > kExactLse || of_row.correction[own_row] != 0);
+    if (!__syncthreads_or(is_inexact)) return;
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Rows<float> q(forward.q, FA_FLOAT32, seq.batch_index, h, seq.row_q, forward.head_dim);
+    const Rows<float> k(forward.k, FA_FLOAT32, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
+    const fa_interval first = fa_visible_keys(&forward, &seq, row0),
+                      last = fa_visible_keys(&forward, &seq, row_end - 1);
+    float natural = static_cast<float>(forward.softmax_scale); // a score of 1
+    if constexpr (kModified) {
+        if (threadIdx.x == 0) smem.rule = MmaScoreRule(forward, seq, b, h);
+        __syncthreads(); // the rule is there
+        natural = smem.rule.unit;
+    }
+    TileCopy<T::kThreads, decltype(smem.q)>(q.data, forward.q.stride_l, forward.head_dim, row0, row_end).all(smem.q);
+    float lse[kNTiles][2], sum[kNTiles][2] = {};
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int row = row0 + 8 * j + lane % 4 * 2 + e;
+            lse[j][e] = row < row_end ? of_row.lse[row] : infinity(0.0f);
+        }
+    for (int n0 = static_cast<int>(first.lo) / Smem::kBlockN * Smem::kBlockN; n0 < last.hi; n0 += Smem::kBlockN) {
+        TileCopy<T::kThreads, decltype(smem.k)>(k.data, forward.k.stride_l, forward.head_dim, n0, len_k).all(smem.k);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads(); // Q and K are there
+        float acc_s[kMTiles][kNTiles][4] = {};
+        multiply_rows<T::kDim>(acc_s, M::place_a(smem.k, warp * T::kWarpKeys), M::place_b(smem.q), [](int) {});
+        const int thread_query = row0 + lane % 4 * 2, thread_key = n0 + warp * T::kWarpKeys + lane / 4;
+        if constexpr (kModified)
+            modify_scores<float, true>(
+                acc_s, forward, seq, smem.rule, thread_query, thread_key, [](int, int, int, float) {},
+                StagedBias<typename T::BiasTile>{});
+        hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
+        each_entry<true, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
+            sum[j][entry % 2] += exp_of(product(acc_s[i][j][entry], natural) - lse[j][entry % 2]);
+        });
+        __syncthreads(); // K was read
+    }
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            for (int step = 4; step < 32; step *= 2) sum[j][e] += __shfl_xor_sync(~0u, sum[j][e], step);
+            if (lane < 4) smem.sums[warp][8 * j + lane * 2 + e] = sum[j][e];
+        }
+    cp_async_wait<0>(); // no copy outlives its block
+    __syncthreads();    // all warps' sums are there
+    if (!has_row || own_lse == infinity(0.0f)) return;
+    float total = 0;
+    for (int w = 0; w < T::kWarps; ++w) total += smem.sums[w][threadIdx.x];
+    if (forward.sinks.data) total += exp_of(load_per_head<float>(forward.sinks, 0, h) - own_lse);
+    of_row.correction[own_row] = total > 0 ? log_of(total) : 0;
+}
+
+// dQ = scale dQ', a block of queries each; 0 where no key was visible.
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads)
+    tensor_core_round_dq(const __grid_constant__ fa_backward_args args, const __grid_constant__ QueryGradient dq) {
+    using Element = typename T::Element;
+    using M = Mma<Element>;
+    const fa_forward_args &forward = args.forward;
+    const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, T::kBlockM));
+    const fa_sequence seq = fa_sequence_at(&forward, place.b);
+    const int64_t m0 = place.part * T::kBlockM;
+    if (m0 >= seq.len_q) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
+    const int64_t block = place.head * dq.blocks + first_query_block<T::kBlockM>(forward, seq, place.b) + place.part;
+    const float scale = static_cast<float>(forward.softmax_scale);
+    const float4 *sums = reinterpret_cast<const float4 *>(dq.sums + block * dq.chains * T::kBlockM * T::kDim) +
+                         warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane;
+    bool is_there[kMostChains];
+#pragma unroll
+    for (int chain = 0; chain < kMostChains; ++chain)
+        is_there[chain] = chain < dq.chains && dq.turns[block * dq.chains + chain] > 0;
+    if constexpr (T::kFloat) {
+        const Rows<float> d_q(args.d_q, FA_FLOAT32, seq.batch_index, place.head, seq.row_q, forward.head_dim);
+#pragma unroll
+        for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < T::kColumnTiles; ++j) {
+                float x[2][4] = {};
+#pragma unroll
+                for (int chain = 0; chain < kMostChains; ++chain)
+#pragma unroll
+                    for (int side = 0; side < 2; ++side)
+                        if (is_there[chain]) {
+                            const float4 y =
+                                sums[chain * T::kBlockM * T::kDim / 4 + ((i * T::kColumnTiles + j) * 2 + side) * 32];
+                            x[side][0] += y.x, x[side][1] += y.y, x[side][2] += y.z, x[side][3] += y.w;
+                        }
+                const int column = 16 * (column_warp * T::kColumnTiles + j) + lane % 4 * 4;
+#pragma unroll
+                for (int upper = 0; upper < 2; ++upper) {
+                    const int64_t row = m0 + 16 * (query_warp * T::kQueryTiles + i) + 8 * upper + lane / 4;
+                    const float4 four = M::four_columns(x[0], x[1], upper);
+                    if (row < seq.len_q && column < forward.head_dim)
+                        *reinterpret_cast<float4 *>(d_q.at(row, column)) =
+                            make_float4(four.x * scale, four.y * scale, four.z * scale, four.w * scale);
+                }
+            }
+    } else {
+        __shared__ SwizzledTile<Element, T::kBlockM, T::kDim> tile;
+#pragma unroll
+        for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
+                float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+                for (int chain = 0; chain < kMostChains; ++chain)
+                    if (is_there[chain]) {
+                        const float4 y = sums[chain * T::kBlockM * T::kDim / 4 + (i * 2 * T::kColumnTiles + j) * 32];
+                        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+                    }
+                const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
+                const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
+                store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4,
+                             M::round_pair(x.x * scale, x.y * scale));
+                store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4,
+                             M::round_pair(x.z * scale, x.w * scale));
+            }
+        __syncthreads(); // all of the block is there
+        const Rows<float> d_q(args.d_q, kDtype<Element>, seq.batch_index, place.head, seq.row_q, forward.head_dim);
+        constexpr int kColumns = T::kDim / 8;
+        for (int index = threadIdx.x; index < T::kBlockM * kColumns; index += T::kThreads) {
+            const int r = index / kColumns, column = index % kColumns;
+            if (m0 + r < seq.len_q && column * 8 < forward.head_dim)
+                *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) =
+                    *reinterpret_cast<const uint4 *>(tile.at(r, column));
+        }
+    }
+}
+
+// base NULL: only counts.
+template <typename T>
+static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradient *dq, size_t *bytes) {
+    const fa_forward_args *forward = &args->forward;
+    fa_arena arena = {static_cast<char *>(base), 0};
+    BackwardPlan plan = {};
+    fa_plan_backward_rows(args, &plan, &arena);
+    fa_plan_backward_heads(args, fa_ceil_div(forward->seqlen_k, T::kBlockN), &plan, &arena);
+    fa_plan_backward_bias(args, &plan, &arena);
+    dq->blocks = query_blocks<T::kBlockM>(*forward);
+    const bool unequal = forward->causal || forward->window_left >= 0 || forward->window_right >= 0;
+    dq->chains = unequal && forward->seqlen_k > 8 * T::kBlockN ? kMostChains : 1;
+    const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
+    dq->sums = static_cast<float *>(fa_take(&arena, blocks * dq->chains * T::kBlockM * T::kDim * sizeof(float)));
+    dq->turns = static_cast<int32_t *>(fa_take(&arena, (blocks * dq->chains + 1) * sizeof(int32_t)));
+    plan.semaphores = dq->turns, plan.semaphore_count = static_cast<int64_t>(blocks) * dq->chains + 1;
+    plan.has_far_rows = dq->turns + blocks * dq->chains;
+    *bytes = arena.used_bytes;
+    return plan;
+}
+
+template <typename T, bool kModified>
+static fa_status launch(const fa_backward_args *args) {
+    const fa_forward_args *forward = &args->forward;
+    const cudaStream_t stream = fa_stream(forward);
+    QueryGradient dq;
+    size_t bytes;
+    const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
+    FA_CHECK(fa_backward_rows(args, plan));
+    if constexpr (T::kFloat) {
+        const auto kernel = tensor_core_correct_lse<T, kModified>;
+        fa_allow_shared(reinterpret_cast<const void *>(kernel), sizeof(CorrectionSmem<T>)); // less than the backward's
+        FA_CHECK(fa_launch("tensor core backward, correction of lse", kernel,
+                           fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads,
+                           sizeof(CorrectionSmem<T>), stream, *args, plan));
+    }
+    if (plan.slope_sums) { // of keys that no row sees, too
+        const size_t sums = static_cast<size_t>(forward->batch * forward->heads_q * plan.slope_parts);
+        FA_REQUIRE(cudaMemsetAsync(plan.slope_sums, 0, sums * sizeof(double), stream) == cudaSuccess, FA_ERROR_DEVICE,
+                   "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    }
+    const int64_t heads = forward->heads_kv * forward->batch;
+    int device = 0, sms = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
+    const BackwardOrder order = {
+        static_cast<int>(fa_clamp(fa_ceil_div(sms * T::kBlocksPerSm, fa_max(n_blocks, 1)), 1, fa_max(heads, 1)))};
+    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>, n_blocks * heads, T::kThreads,
+                       sizeof(typename T::template Smem<kModified>), stream, *args, plan, dq, order));
+    FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
+                       fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,
+                       stream, *args, dq));
+    if (args->d_bias.data)
+        FA_CHECK(T::kFloat ? fa_fused_backward_bias(args, plan) : fa_tensor_core_backward_bias(args, plan));
+    return fa_backward_heads(args, plan);
+}
+
+// Launches a tile that holds the rows and that the device has the shared memory for, or tells its workspace; false: neither.
+template <typename T, bool kModified>
+static bool try_tile(const fa_backward_args *args, fa_status *status, size_t *bytes) {
+    if (fa_max(args->forward.head_dim, args->forward.head_dim_v) > T::kDim) return false;
+    const void *kernel = reinterpret_cast<const void *>(tensor_core_backward<T, kModified>);
+    if (!fa_allow_shared(kernel, sizeof(typename T::template Smem<kModified>))) return false;
+    QueryGradient dq;
+    if (bytes)
+        plan_of<T>(args, nullptr, &dq, bytes);
+    else
+        *status = launch<T, kModified>(args);
+    return true;
 }
 
 #endif

@@ -179,11 +179,12 @@ static void expect_same_bits(const problem *a, const problem *b, view_id id) {
 // What a kernel must not refuse, said apart from what it does refuse. Tensors are aligned.
 static bool promises(fa_impl impl, const attention_case *c, fa_dtype dtype) {
     const int dv = c->head_dim_v ? c->head_dim_v : c->head_dim;
-    const bool has_16_bits = dtype == FA_FLOAT16 || dtype == FA_BFLOAT16;
     if (impl == FA_SPLIT) return dtype != FA_FLOAT64;
-    if (impl == FA_TENSOR_CORE)
-        return has_16_bits && c->head_dim % 8 == 0 && dv % 8 == 0 && max_of(c->head_dim, dv) <= 256 &&
-               c->layout != LAYOUT_GAPS;
+    if (impl == FA_TENSOR_CORE) {
+        const int vector = dtype == FA_FLOAT32 ? 4 : 8, widest = dtype == FA_FLOAT32 ? 128 : 256;
+        return dtype != FA_FLOAT64 && c->head_dim % vector == 0 && dv % vector == 0 &&
+               max_of(c->head_dim, dv) <= widest && c->layout != LAYOUT_GAPS;
+    }
     return impl == FA_NAIVE || impl == FA_FUSED;
 }
 
@@ -204,7 +205,9 @@ static void run_kernel(const attention_case *c, fa_dtype dtype, const fa_kernel_
             other = problem_make(c, dtype, kernel->impl, false, elsewhere = GPU_VECTORS);
         problem_run(&other, fa_posix_workers(3), elsewhere);
     }
-    const view_id end = problem_serves(&p, FA_BACKWARD) ? VIEW_COUNT : VIEW_D_Q;
+    const bool has_backward = problem_serves(&p, FA_BACKWARD);
+    expect(has_backward || kernel->impl == FA_SPLIT || !promises(kernel->impl, c, dtype), "%s", fa_error_text());
+    const view_id end = has_backward ? VIEW_COUNT : VIEW_D_Q;
     for (view_id id = VIEW_FIRST_OUTPUT; id < end; ++id)
         if (p.views[id].data) {
             expect_close(&p, oracle, id);
