@@ -65,7 +65,7 @@ def promises(impl: str, dtype: str | torch.dtype, *head_dims: int, aligned: bool
         return dtype != torch.float64
     if impl == "tensor_core":
         widest = {2: 256, 4: 128, 8: 0}[dtype.itemsize]
-        return aligned and all(dim * dtype.itemsize % 16 == 0 and dim <= widest for dim in head_dims)
+        return aligned and widest > 0 and all(dim * dtype.itemsize % 16 == 0 and dim <= widest for dim in head_dims)
     return True
 
 

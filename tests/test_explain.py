@@ -98,9 +98,9 @@ REFUSED: dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[str]]] = {
     "float64": (lambda q, k, v: (q.double(), k.double(), v.double()), ["not float64"]),
     "wide q and k": (
         lambda q, k, v: (q.new_zeros(1, 4, 30, 264), k.new_zeros(1, 2, 40, 264), v),
-        ["up to 256, not 264"],
+        ["up to 256 in bfloat16, not 264"],
     ),
-    "wide v": (lambda q, k, v: (q, k, v.new_zeros(1, 2, 40, 512)), ["up to 256, not 512"]),
+    "wide v": (lambda q, k, v: (q, k, v.new_zeros(1, 2, 40, 512)), ["up to 256 in bfloat16, not 512"]),
     "narrow q and k": (lambda q, k, v: (q[..., :12], k[..., :12], v), [ROWS]),
     "odd v": (lambda q, k, v: (q, k, v[..., :7]), [ROWS]),
     "rows of q apart": (lambda q, k, v: (rows_apart(q, 4), k, v), [ROWS]),
@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[str]]] = {
     "address of v": (lambda q, k, v: (q, k, rows_apart(v, 8)[..., 1:17]), [ROWS]),
     "everything": (
         lambda q, k, v: (q.new_zeros(1, 4, 30, 300).double(), k.new_zeros(1, 2, 40, 300).double(), v.double()[..., :7]),
-        ["not float64", "up to 256, not 300", ROWS],
+        ["not float64", "up to 256 in float64, not 300", ROWS],
     ),
 }
 

@@ -1,9 +1,7 @@
 // Float32 on the tensor cores: an element is the sum of two tf32 numbers, x = hi + lo, x y = lo hi' + hi lo' + hi hi'.
 //
-// hi has the 11 bits that the tensor cores read, lo = x - hi is exact. Of A, hi is x rounded: lo has 12 bits, of which
-// one is cut. Of B, which is split more often, the last bit of hi is set and what follows is cut, one operation less:
-// lo is of either sign, too, has 13 bits and loses two. (hi cut alone makes every product too small.) What fits 11
-// bits, as bfloat16 does, is split without an error.
+// hi has the 11 bits that the tensor cores read and is x rounded, so that lo = x - hi is exact and has 12 bits, of which one is
+// cut, and either sign. (hi cut alone makes every product too small.) What fits 11 bits, as bfloat16 and 0 do, is hi.
 //
 // The tensor cores cut sums, too, always toward zero: a long chain of products drifts. So a chain begins at zero, is
 // short and takes lo hi' and hi lo' first, or in accumulators of their own, and float32 additions join the chains.
@@ -61,14 +59,14 @@ struct Mma<float> {
         uint32_t x[4];
         ldmatrix_4(x, place.at(i, k / 4));
 #pragma unroll
-        for (int n = 0; n < 4; ++n) split_a(x[n], a.hi[n], a.lo[n]);
+        for (int n = 0; n < 4; ++n) split(x[n], a.hi[n], a.lo[n]);
     }
     template <typename Tile>
     static __device__ __forceinline__ void load_a_transposed(A &a, const LanePlace<Tile> &place, int i, int k) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const int column = i / 4 + n % 2 * 2;
-            split_a(load_shared(n < 2 ? place.at(k, column) : next_row(place, k, column)), a.hi[n], a.lo[n]);
+            split(load_shared(n < 2 ? place.at(k, column) : next_row(place, k, column)), a.hi[n], a.lo[n]);
         }
     }
     template <typename Tile>
@@ -76,13 +74,13 @@ struct Mma<float> {
         uint32_t x[4];
         ldmatrix_4(x, place.at(n, k / 4));
 #pragma unroll
-        for (int m = 0; m < 4; ++m) split_b(x[m], b[m / 2].hi[m % 2], b[m / 2].lo[m % 2]);
+        for (int m = 0; m < 4; ++m) split(x[m], b[m / 2].hi[m % 2], b[m / 2].lo[m % 2]);
     }
     template <typename Tile>
     static __device__ __forceinline__ void load_b_transposed(B (&b)[2], const LanePlace<Tile> &place, int k, int n) {
         const uint2 even = load_shared_2(place.at(k, n / 4)), odd = load_shared_2(next_row(place, k, n / 4));
-        split_b(even.x, b[0].hi[0], b[0].lo[0]), split_b(odd.x, b[0].hi[1], b[0].lo[1]);
-        split_b(even.y, b[1].hi[0], b[1].lo[0]), split_b(odd.y, b[1].hi[1], b[1].lo[1]);
+        split(even.x, b[0].hi[0], b[0].lo[0]), split(odd.x, b[0].hi[1], b[0].lo[1]);
+        split(even.y, b[1].hi[0], b[1].lo[0]), split(odd.y, b[1].hi[1], b[1].lo[1]);
     }
 
     // Two accumulators side by side: kDepth of the inner axis each, in the order 0 2 4 6 1 3 5 7.
@@ -90,8 +88,8 @@ struct Mma<float> {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const int entry = n % 2 * 2 + n / 2;
-            split_a(__float_as_uint(left[entry]), a[0].hi[n], a[0].lo[n]);
-            split_a(__float_as_uint(right[entry]), a[1].hi[n], a[1].lo[n]);
+            split(__float_as_uint(left[entry]), a[0].hi[n], a[0].lo[n]);
+            split(__float_as_uint(right[entry]), a[1].hi[n], a[1].lo[n]);
         }
     }
     static __device__ __forceinline__ float4 four_columns(const float (&left)[4], const float (&right)[4], int half) {
@@ -104,12 +102,8 @@ struct Mma<float> {
     }
 
 private:
-    static __device__ __forceinline__ void split_a(uint32_t x, uint32_t &hi, uint32_t &lo) {
+    static __device__ __forceinline__ void split(uint32_t x, uint32_t &hi, uint32_t &lo) {
         hi = (x + 0x1000u) & 0xFFFFE000u;
-        lo = rest(x, hi);
-    }
-    static __device__ __forceinline__ void split_b(uint32_t x, uint32_t &hi, uint32_t &lo) {
-        hi = or_and(x, 0x2000u, 0xFFFFE000u);
         lo = rest(x, hi);
     }
     static __device__ __forceinline__ uint32_t rest(uint32_t x, uint32_t hi) {

@@ -32,8 +32,8 @@ function number_before(words) { return match($0, "[0-9]+ " words) ? substr($0, R
         !(arch == "sm_80" && kernel ~ /^fused_backward_kv<KeyTile<[^>]*, true>/)
     allowed = kernel ~ /^tensor_core/ ? 600 : 0
     printf "%9d  %13d  %5d  %6d  %-6s  %s%s\n", number_before("registers"), number_before("bytes smem"), stack, spills,
-        arch, kernel, spills > allowed && hot ? "   <- spills" : ""
-    failed += spills > allowed && hot
+        arch, kernel, (spills > allowed && hot) ? "   <- spills" : ""
+    failed += (spills > allowed && hot)
 }
 /Potential Performance Loss/ {
     print

@@ -895,6 +895,8 @@ static fa_status launch(const fa_backward_args *args) {
     size_t bytes;
     const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
     FA_CHECK(fa_backward_rows(args, plan));
+    if (T::kFloat && args->d_bias.data)
+        FA_CHECK(fa_fused_backward_bias(args, plan)); // by the scores that lse was corrected by
     if constexpr (T::kFloat) {
         const auto kernel = tensor_core_correct_lse<T, kModified>;
         fa_allow_shared(reinterpret_cast<const void *>(kernel), sizeof(CorrectionSmem<T>)); // less than the backward's
@@ -919,8 +921,7 @@ static fa_status launch(const fa_backward_args *args) {
     FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
                        fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,
                        stream, *args, dq));
-    if (args->d_bias.data)
-        FA_CHECK(T::kFloat ? fa_fused_backward_bias(args, plan) : fa_tensor_core_backward_bias(args, plan));
+    if (!T::kFloat && args->d_bias.data) FA_CHECK(fa_tensor_core_backward_bias(args, plan));
     return fa_backward_heads(args, plan);
 }
 

@@ -247,18 +247,23 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             // Each row's m and what hangs on it follow its maximum; most(i, half): of this turn.
             const auto follow = [&](const auto &most_of) {
                 bool reaches_far = false;
+                const bool was_far = is_far;
+                const auto scale_row = [&](int i, int half, float log2) {
+                    const float factor = ex2_approx(log2);
+                    row_sum[i][half] *= factor;
+#pragma unroll
+                    for (int j = 0; j < kOTiles; ++j)
+                        acc_o[i][j][2 * half] *= factor, acc_o[i][j][2 * half + 1] *= factor;
+                };
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const float most = fmaxf(most_of(i, half), row_max[i][half]);
-                        const float rescale =
-                            most == -infinity(0.0f) ? 1.0f : ex2_approx((row_max[i][half] - most) * unit);
+                        const float before = row_max[i][half], most = fmaxf(most_of(i, half), before);
                         row_max[i][half] = most;
-                        row_sum[i][half] *= rescale;
-#pragma unroll
-                        for (int j = 0; j < kOTiles; ++j)
-                            acc_o[i][j][2 * half] *= rescale, acc_o[i][j][2 * half + 1] *= rescale;
+                        // As the shifts are rounded, not their difference: P before and after are of one unit.
+                        const float near = product(before, unit) - product(most, unit);
+                        scale_row(i, half, most == -infinity(0.0f) ? 0.0f : was_far ? (before - most) * unit : near);
                         reaches_far |= most != -infinity(0.0f) && !(fabsf(most * unit) < kFar);
                     }
                 is_far = is_far || __any_sync(~0u, reaches_far);
@@ -268,6 +273,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
+                        const float shift = product(most, unit);
+                        if (!was_far && fabsf(shift) != infinity(0.0f)) // from now on the shift is not rounded
+                            scale_row(i, half, -fmaf(most, unit, -shift));
 #pragma unroll
                         for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
@@ -306,7 +314,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) // no key yet: 2^(-inf - 0) = 0
-                    shift[i][half] = is_far || row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half] * unit;
+                    shift[i][half] =
+                        is_far || row_max[i][half] == -infinity(0.0f) ? 0.0f : product(row_max[i][half], unit);
             // P of 16 keys, as the A of M::kDepth each.
             const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
 #pragma unroll

@@ -32,11 +32,4 @@ __device__ __forceinline__ uint32_t sign_halves(uint32_t x) {
     return mask;
 }
 
-// (x | set) & keep in one instruction, which the compiler finds only where one of them is no constant.
-__device__ __forceinline__ uint32_t or_and(uint32_t x, uint32_t set, uint32_t keep) {
-    uint32_t y;
-    asm("lop3.b32 %0, %1, %2, %3, 0xA8;" : "=r"(y) : "r"(x), "r"(set), "r"(keep));
-    return y;
-}
-
 #endif
