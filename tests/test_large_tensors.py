@@ -46,7 +46,8 @@ def test_more_tiles_than_a_grid_has_in_y(impl: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["fused", "tensor_core"])
 def test_the_most_rows_that_a_sequence_may_have(impl: str) -> None:
-    q = normal(1, 1, 1, 8).expand(-1, -1, 2**31 - 1, -1)  # o takes 32 GiB
+    most = 2**31 - (1 + 1024 * (impl == "tensor_core"))  # as it says itself
+    q = normal(1, 1, 1, 8).expand(-1, -1, most, -1)  # o takes 32 GiB
     k, v = normal(1, 1, 5, 8), normal(1, 1, 5, 8)
     o, lse = flash_attention(q, k, v, return_lse=True, impl=impl)
     one_o, one_lse = flash_attention(q[:, :, :1], k, v, return_lse=True, impl=impl)

@@ -14,6 +14,8 @@ static bool has_vectors(const fa_forward_args *args, const fa_tensor &t, int64_t
 
 static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_args *backward, fa_reasons *reasons) {
     if (args->dtype == FA_FLOAT64) fa_add_reason(reasons, "takes float32, float16 and bfloat16, not float64");
+    if (args->dtype == FA_FLOAT32 && args->impl == FA_AUTO)
+        fa_add_reason(reasons, "takes float32 by name alone: scores of hundreds lose bits that fused keeps");
     const int max_dim = args->dtype == FA_FLOAT32 ? kMaxTensorCoreDimF32 : kMaxTensorCoreDim;
     if (fa_max(args->head_dim, args->head_dim_v) > max_dim)
         fa_add_reason(reasons, "takes head_dim up to %d in %s, not %lld", max_dim, fa_dtype_name(args->dtype),

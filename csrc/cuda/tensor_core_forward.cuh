@@ -261,9 +261,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int half = 0; half < 2; ++half) {
                         const float before = row_max[i][half], most = fmaxf(most_of(i, half), before);
                         row_max[i][half] = most;
-                        // As the shifts are rounded, not their difference: P before and after are of one unit.
-                        const float near = product(before, unit) - product(most, unit);
-                        scale_row(i, half, most == -infinity(0.0f) ? 0.0f : was_far ? (before - most) * unit : near);
+                        const float shift = product(most, unit), old_shift = product(before, unit);
+                        // P before is 2^old_shift's, rounded, while that is near; P from now on shift's, or of the
+                        // product itself.
+                        float log2 = (before - most) * unit;
+                        if (!was_far && fabsf(shift) < kFar) log2 = old_shift - shift;
+                        if (!was_far && !(fabsf(shift) < kFar) && before != -infinity(0.0f))
+                            log2 -= fmaf(before, unit, -old_shift);
+                        scale_row(i, half, most == -infinity(0.0f) ? 0.0f : log2);
                         reaches_far |= most != -infinity(0.0f) && !(fabsf(most * unit) < kFar);
                     }
                 is_far = is_far || __any_sync(~0u, reaches_far);
@@ -274,7 +279,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int half = 0; half < 2; ++half) {
                         const float most = row_max[i][half] == -infinity(0.0f) ? 0.0f : row_max[i][half];
                         const float shift = product(most, unit);
-                        if (!was_far && fabsf(shift) != infinity(0.0f)) // from now on the shift is not rounded
+                        if (!was_far && fabsf(shift) < kFar) // from now on it is not rounded
                             scale_row(i, half, -fmaf(most, unit, -shift));
 #pragma unroll
                         for (int j = 0; j < kNTiles; ++j)
@@ -429,11 +434,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 sum = row_sum[i][half] + smem.exchange.row_sum[1 - col_warp][r];
             else
                 sum = row_sum_of<4>(row_sum[i][half]);
-            float rescale = 1;
+            // P is of the rounded shift, the sink and lse are of m.
+            const float shift = product(row_max[i][half], unit);
+            float rescale =
+                is_far || most == -infinity(0.0f) ? 1.0f : ex2_approx(-fmaf(row_max[i][half], unit, -shift));
+            sum *= rescale;
             if (has_sink && sink != -infinity(0.0f)) {
-                const float higher = fmaxf(most, sink);
-                rescale = exp_of(most - higher);
-                sum = sum * rescale + exp_of(sink - higher);
+                const float higher = fmaxf(most, sink), factor = exp_of(most - higher);
+                sum = sum * factor + exp_of(sink - higher);
+                rescale *= factor;
                 most = higher;
             }
             const float normalise = sum == 0 ? 0 : rescale * keep / sum; // a NaN stays one
