@@ -25,7 +25,7 @@ FA_CUDA_FORWARD(fused);
 FA_CUDA_BACKWARD(fused);
 
 enum { kMaxTensorCoreDim = 256, kMaxTensorCoreDimF32 = 128 }; // widest tiles
-enum { kMaxTensorCoreLength = INT32_MAX - 1024 };              // rows are counted in int32, and a tile beyond
+enum { kMaxTensorCoreLength = INT32_MAX - 1024 };             // rows are counted in int32, and a tile beyond
 
 // o = 0, lse = -inf (d_q = d_k = d_v = 0) in the rows that belong to no sequence, which no kernel visits.
 fa_status fa_cuda_fill_padding(const fa_forward_args *args);

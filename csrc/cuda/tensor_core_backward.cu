@@ -9,9 +9,9 @@ static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {
     fa_status status = FA_OK;
     // clang-format off
     //                                        dim, key warps, halves, m tiles, queries, blocks an SM
-    if ((!is_short && // half as many barriers; where sequences are short, more turns balance better
-         try_tile<BackwardTile<Element,  64, 4, 1, 2, 128, 1>, kModified>(args, &status, bytes)) ||
-        try_tile<BackwardTile<Element,  32, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
+    if constexpr (!kModified) // half as many barriers; where sequences are short, more turns balance better
+        if (!is_short && try_tile<BackwardTile<Element, 64, 4, 1, 2, 128, 1>, kModified>(args, &status, bytes)) return status;
+    if (try_tile<BackwardTile<Element,  32, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
         try_tile<BackwardTile<Element,  64, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
         try_tile<BackwardTile<Element,  96, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||
         try_tile<BackwardTile<Element, 128, 4, 1, 2,  64, 1>, kModified>(args, &status, bytes) ||

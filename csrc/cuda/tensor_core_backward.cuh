@@ -77,7 +77,7 @@ struct BackwardTile {
     };
     struct Modified {
         Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
-        MmaScoreRule rules[4];             // of query heads; three are in use
+        MmaScoreRule rules[3];             // of query heads: this turn's to that of the turn after next
         double slopes[2][kWarps];          // sums of dS |i + offset - j|, of the last head and the one before
     };
     struct Nothing {};
@@ -88,7 +88,7 @@ struct BackwardTile {
         const float *lse, *correction, *delta;
         float *sums;    // dQ' of the block of queries
         int32_t *added; // the blocks of keys that have added to it
-        int h, m0, before;
+        int m0, before;
         bool is_whole; // all rows see all keys
     };
     template <bool kModified>
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const bool makes_dv = warp < T::kWarps / 2; // a value warp
     const int key_warp = warp % T::kKeyWarps, half = warp / T::kKeyWarps % T::kHalves;
-    const bool is_far = *plan.has_far_rows != 0;
+    const bool is_far = forward.seqlen_q > 0 && *plan.has_far_rows != 0;
     const float scale = static_cast<float>(forward.softmax_scale);
     const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
 
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int turns = warp_uniform(of_head * group);
     const auto describe = [&](int turn) {
         if (turn >= turns) return;
-        typename T::Turn &next = smem.turns[turn % 8];
+        typename T::Turn &next = smem.turns[turn % 5];
         const int h = h_kv * group + turn / of_head, m0 = row_last - turn % of_head * T::kBlockM;
         const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
         const int64_t block = h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) + m0 / T::kBlockM;
@@ -163,12 +163,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         next.d_o = head_of(args.d_o, h, seq.row_q + m0);
         next.lse = of_row.lse + m0, next.correction = of_row.correction + m0, next.delta = of_row.delta + m0;
         if constexpr (kModified)
-            if (turn % of_head == 0) smem.modified.rules[turn / of_head % 4] = MmaScoreRule(forward, seq, b, h);
+            if (turn % of_head == 0) smem.modified.rules[turn / of_head % 3] = MmaScoreRule(forward, seq, b, h);
         const int nth =
             n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
         next.sums = dq.sums + (block * dq.chains + nth % dq.chains) * T::kBlockM * T::kDim;
         next.added = dq.turns + block * dq.chains + nth % dq.chains;
-        next.h = h, next.m0 = m0, next.before = nth / dq.chains;
+        next.m0 = m0, next.before = nth / dq.chains;
         next.is_whole = m0 + T::kBlockM <= len_q && last.lo <= key0 && key0 + T::kBlockN <= first.hi;
     };
     using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
         const auto place_k = M::place_b_transposed(
             smem.k, 0, column_warp * (kFloat ? T::kColumnTiles * M::kColumnsIn16 : M::kColumnsIn16));
-        const int before = smem.turns[turn_index % 8].before;
-        const int32_t *counter = smem.turns[turn_index % 8].added;
-        float *sums = smem.turns[turn_index % 8].sums + (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
+        const int before = smem.turns[turn_index % 5].before;
+        const int32_t *counter = smem.turns[turn_index % 5].added;
+        float *sums = smem.turns[turn_index % 5].sums + (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
         int added = before > 0 ? load_relaxed(counter) : 0; // asked for ahead
         float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
         if constexpr (kFloat) {
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             }
         }
-        while (added != before) added = load_relaxed(counter); // the blocks before have added theirs
+        while (added < before) added = load_relaxed(counter); // the blocks before have added theirs
 #pragma unroll
         for (int i = 0; i < T::kQueryTiles; ++i)
 #pragma unroll
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     };
     // After a barrier that all warps came to since they added.
     const auto tell_added = [&](int turn_index) {
-        const typename T::Turn &turn = smem.turns[turn_index % 8];
-        if (threadIdx.x == 0) store_release(turn.added, turn.before + 1);
+        const typename T::Turn &turn = smem.turns[turn_index % 5];
+        if (threadIdx.x == 0) raise_release(turn.added, turn.before + 1);
     };
 
     // After a barrier that all warps came to since the head's last turn.
@@ -286,9 +286,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
         if (threadIdx.x == T::kThreads - 32) describe(turn + 2);
         // The next turn's; where there is none, this one's again.
-        const int now_m0 = smem.turns[turn % 8].m0;
-        const bool is_whole = smem.turns[turn % 8].is_whole;
-        const typename T::Turn next = smem.turns[min(turn + 1, turns - 1) % 8];
+        const int now_m0 = smem.turns[turn % 5].m0;
+        const bool is_whole = smem.turns[turn % 5].is_whole;
+        const typename T::Turn next = smem.turns[min(turn + 1, turns - 1) % 5];
         copy_row_values(next, stage ^ 1);
         QueryCopy next_q = copy_q(next);
         if (!makes_dv && turn > 0) add_to_dq(turn - 1);
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             uint32_t kept[kMTiles][T::kWarpQueries / 64 + 1] = {};
             bool drops = false;
             if constexpr (kModified) {
-                const MmaScoreRule &rule = smem.modified.rules[turn / of_head % 4];
+                const MmaScoreRule &rule = smem.modified.rules[turn / of_head % 3];
                 float last_slope = 1;
                 modify_scores<Element, true>(
                     acc_s, forward, seq, rule, thread_query, thread_key,
@@ -460,8 +460,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         }
                     }
                 }
-                barrier_wait(barrier, T::kPartners);                                    // P^T is there
-                if (T::kHalves == 2) barrier_wait(1 + 2 * T::kKeyWarps + key_warp, 64); // P^T of both pairs is there
+                barrier_wait(barrier, T::kPartners); // P^T is there
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
                 if constexpr (T::kHalves == 1) {
 #pragma unroll
@@ -511,7 +510,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if constexpr (kModified) {
                 caps = forward.softcap > 0, wants_slopes = plan.slope_sums != nullptr;
                 distance0 =
-                    static_cast<float>(now_m0 + pair_row + len_k - len_q - key0 - key_warp * T::kWarpKeys - lane / 4);
+                    static_cast<float>(now_m0 + pair_row + (len_k - len_q) - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
             const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
             typename M::A ds[kFloat ? 1 : kMTiles][kFloat ? 1 : T::kWarpQueries / 16][16 / M::kDepth]; // of 16 bits
@@ -906,8 +905,8 @@ static fa_status launch(const fa_backward_args *args) {
     }
     if (plan.slope_sums) { // of keys that no row sees, too
         const size_t sums = static_cast<size_t>(forward->batch * forward->heads_q * plan.slope_parts);
-        FA_REQUIRE(cudaMemsetAsync(plan.slope_sums, 0, sums * sizeof(double), stream) == cudaSuccess, FA_ERROR_DEVICE,
-                   "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+        FA_REQUIRE(sums == 0 || cudaMemsetAsync(plan.slope_sums, 0, sums * sizeof(double), stream) == cudaSuccess,
+                   FA_ERROR_DEVICE, "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
     }
     const int64_t heads = forward->heads_kv * forward->batch;
     int device = 0, sms = 1;

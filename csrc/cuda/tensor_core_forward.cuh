@@ -514,10 +514,12 @@ template <typename T, bool kModified>
 static bool try_tile(const fa_forward_args *args, fa_status *status) {
     if (fa_max(args->head_dim, args->head_dim_v) > T::kDim) return false;
     const void *kernel = reinterpret_cast<const void *>(tensor_core_forward<T, kModified>);
-    size_t shared_bytes = sizeof(typename T::template Smem<kModified>);
-    if (!fa_allow_shared(kernel, shared_bytes)) return false;
-    if (kModified && can_stage_bias(args) && fa_allow_shared(kernel, shared_bytes + sizeof(typename T::BiasTile)))
-        shared_bytes += sizeof(typename T::BiasTile);
+    // The limit is the kernel's, for all threads of the program: it is never lowered.
+    const size_t plain_bytes = sizeof(typename T::template Smem<kModified>),
+                 staged_bytes = plain_bytes + sizeof(typename T::BiasTile);
+    const bool can_stage = kModified && fa_allow_shared(kernel, staged_bytes);
+    if (!can_stage && !fa_allow_shared(kernel, plain_bytes)) return false;
+    const size_t shared_bytes = can_stage && can_stage_bias(args) ? staged_bytes : plain_bytes;
     *status = launch<T, kModified>(args, shared_bytes);
     return true;
 }

@@ -1,5 +1,5 @@
 // Threads that wait for each other: a part of a block at a named barrier, blocks by a word in global memory
-// (PTX ISA, "barrier", "ld.acquire", "st.release", "red").
+// (PTX ISA, "barrier", "ld.relaxed", "red.release").
 #ifndef FA_PTX_SYNC_CUH
 #define FA_PTX_SYNC_CUH
 
@@ -9,24 +9,15 @@
 __device__ __forceinline__ void barrier_wait(int id, int threads) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Comes to the barrier without waiting there.
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// What other blocks wrote before they released the value is seen after it is read.
-__device__ __forceinline__ int load_acquire(const int *p) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
-}
+// What others made of *p. A reduction that depends on it comes after theirs: both are done in the L2 cache.
 __device__ __forceinline__ int load_relaxed(const int *p) {
     int x;
     asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
-__device__ __forceinline__ void store_release(int *p, int x) {
-    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+// *p = max(*p, x), after what this block's threads wrote before a barrier.
+__device__ __forceinline__ void raise_release(int *p, int x) {
+    asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
 // p[0..3] += x in the L2 cache; nobody waits for it. p: aligned to 16 bytes.
