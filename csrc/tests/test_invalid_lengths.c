@@ -4,13 +4,15 @@
 
 #include "problem.h"
 
-enum { kBatch = 5, kSets = 4 };
+enum { kBatch = 5, kSets = 6 };
 // As seqlens, beyond 0 ... L; as cu_seqlens, they also start late, decrease and overlap.
 static const int32_t kLengths[kSets][kBatch + 1] = {
     {-1, -7, INT32_MIN, -1, 0, -3},
     {1000, 41, INT32_MAX, 51, 77, 1 << 20},
     {40, 12, 30, 3, INT32_MAX, INT32_MIN},
     {0, 90, 10, 200, -5, 60},
+    {0, 256, 0, 256, 0, 256}, // sequences that lie on each other; twice, so that those of q and of k do at once
+    {0, 256, 0, 256, 0, 256},
 };
 
 static void change(int32_t *lengths, const int32_t *values, int count) {
@@ -50,12 +52,15 @@ void test_invalid_lengths(void) {
                                    .alibi = 2,
                                    .dropout_p = 0.1,
                                    .lengths = LENGTHS_PACKED};
+    const attention_case longer = {
+        "invalid cu_seqlens of long sequences", kBatch, 2, 1, 300, 300, 64, .alibi = 1, .lengths = LENGTHS_PACKED};
     for (int32_t i = 0; i < fa_kernel_count(); ++i) {
         fa_kernel_info kernel;
         fa_kernel_describe(i, &kernel);
         for (fa_dtype dtype = FA_FLOAT32; kernel.device == FA_CUDA && dtype <= FA_BFLOAT16; ++dtype) {
             run(&padded, dtype, kernel.impl);
             run(&packed, dtype, kernel.impl);
+            run(&longer, dtype, kernel.impl);
         }
     }
 }
