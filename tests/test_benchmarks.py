@@ -415,6 +415,7 @@ def test_peers_with_features_are_checked_and_timed_on_the_gpu(stream_of_its_own:
         ("flex", {"softcap": 5.0, "alibi": "h", "window": (64, -1)}),
         ("flex", {"bias": "bhqk", "causal": False}),
         ("torch_flash", {"dropout_p": 0.125}),
+        ("torch_efficient", {"dropout_p": 0.125}),
         ("torch_flash", {"packed": True, **lengths}),
     ):
         case = dataclasses.replace(plain, **changes)

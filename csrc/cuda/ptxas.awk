@@ -1,7 +1,7 @@
 # Table of `make ptxas`, from the demangled logs of `ptxas -v`. Exit status 1: a hot kernel spills, or ptxas made its
 # wgmma wait for one another. Cold is what nobody waits for: the baseline, the padding, float64; and, known to spill 92
 # bytes, one tile on sm_80: d_k and d_v of rows wider than 128. The kernels on tensor cores hold their sums in all 255
-# registers, and addresses of a turn, none of them between its products, pass over the stack: up to 600 bytes of code.
+# registers, and some addresses and scalars of a turn pass over the stack: up to 600 bytes of code, known and to go.
 BEGIN { print "registers  static shared  stack  spills  arch    kernel (bytes)" }
 
 # "void name<arguments>(parameters)" -> "name<arguments>"

@@ -25,9 +25,7 @@ static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {
 }
 
 static fa_status by_dtype(const fa_backward_args *args, size_t *bytes) {
-    // Plain scores grow with their products: what is hidden stays -inf.
-    const bool modified =
-        fa_has_modified_scores(&args->forward) || static_cast<float>(args->forward.softmax_scale) <= 0;
+    const bool modified = fa_has_scores_unlike_products(&args->forward);
     if (args->forward.dtype == FA_FLOAT32) return fa_tensor_core_backward_f32(args, modified, bytes);
     if (args->forward.dtype == FA_FLOAT16)
         return modified ? by_head_dim<__half, true>(args, bytes) : by_head_dim<__half, false>(args, bytes);

@@ -24,8 +24,7 @@ static fa_status by_head_dim(const fa_forward_args *args) {
 size_t fa_cuda_tensor_core_forward_bytes(const fa_forward_args *) { return 0; }
 
 fa_status fa_cuda_tensor_core_forward(const fa_forward_args *args) {
-    // Plain scores grow with their products.
-    const bool modified = fa_has_modified_scores(args) || static_cast<float>(args->softmax_scale) <= 0;
+    const bool modified = fa_has_scores_unlike_products(args);
     if (args->dtype == FA_FLOAT32) return fa_tensor_core_forward_f32(args, modified);
     if (args->dtype == FA_FLOAT16) return modified ? by_head_dim<__half, true>(args) : by_head_dim<__half, false>(args);
     return modified ? by_head_dim<__nv_bfloat16, true>(args) : by_head_dim<__nv_bfloat16, false>(args);
