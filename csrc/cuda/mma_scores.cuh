@@ -232,7 +232,7 @@ struct StagedBias {
         for (int i = 0; i < kRows; i += kDown, from += kDown * bias.stride_q)
 #pragma unroll
             for (int j = 0; j < kKeys / 8; j += kAcross)
-                cp_async_16(place.at(i, j), from + 8 * j, query + row + i < query_end ? bytes[j / kAcross] : 0);
+                cp_async_16_part(place.at(i, j), from + 8 * j, query + row + i < query_end ? bytes[j / kAcross] : 0);
     }
 };
 

@@ -136,19 +136,19 @@ struct TileCopy {
 
     const char *from;
     int64_t row_bytes;
-    int row, column, rows_left, bytes;
+    int row, column, rows_left; // 0 beyond the width
 
     __device__ __forceinline__ TileCopy(const char *head, int64_t stride, int64_t width, int row0, int row_end)
         : row_bytes(stride * static_cast<int64_t>(sizeof(typename Tile::Element))),
           row(static_cast<int>(threadIdx.x) / Tile::kColumns), column(static_cast<int>(threadIdx.x) % Tile::kColumns),
-          rows_left(row_end - row0 - row), bytes(column * Tile::kPerColumn < width ? 16 : 0) {
+          rows_left(column * Tile::kPerColumn < width ? row_end - row0 - row : 0) {
         from = head + (row0 + row) * row_bytes + column * 16;
     }
     // Parts 0, 1, 2 ...: each once, in order.
     __device__ __forceinline__ void part(Tile &tile, int n, const float *lse = nullptr) {
         const bool is_row = n * kStep < rows_left && !(lse && lse[row + n * kStep] == infinity(0.0f));
-        if (kStep * Tile::kColumns == kBlockThreads || row < kStep)
-            cp_async_16(tile.at(row + n * kStep, column), from, is_row ? bytes : 0);
+        auto *to = kStep % 8 == 0 ? tile.at(row, column) + n * kStep * Tile::kWidth : tile.at(row + n * kStep, column);
+        if (kStep * Tile::kColumns == kBlockThreads || row < kStep) cp_async_16(to, from, is_row);
         from += kStep * row_bytes;
     }
     __device__ __forceinline__ void all(Tile &tile, const float *lse = nullptr) {

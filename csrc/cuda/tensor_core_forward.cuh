@@ -185,37 +185,51 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN).all(smem.v[stage ^ 1]);
             if constexpr (kModified) copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
         } else {
-            KeyCopy copy_k = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN);
-            const auto copy_keys = [&](int d) {
+            // The copies go out between the products of S, so that they are there when the turn ends.
+            KeyCopy next = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN);
+            const auto copy_parts = [&](int step, int steps) {
 #pragma unroll
-                for (int n = 0; n < KeyCopy::kCopies; ++n)
-                    if (n * T::kDim / KeyCopy::kCopies / M::kDepth == d / M::kDepth) copy_k.part(smem.k[stage ^ 1], n);
+                for (int n = 0; n < 2 * KeyCopy::kCopies; ++n)
+                    if (n * steps / (2 * KeyCopy::kCopies) == step) {
+                        if (n == KeyCopy::kCopies) next = copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN);
+                        next.part((n < KeyCopy::kCopies ? smem.k : smem.v)[stage ^ 1], n % KeyCopy::kCopies);
+                    }
             };
             float acc_s[kMTiles][kNTiles][4] = {};
             if constexpr (kFloat) {
-                multiply_rows<T::kDim>(acc_s, place_q, place_k, copy_keys);
+                multiply_rows<T::kDim>(acc_s, place_q, place_k,
+                                       [&](int d) { copy_parts(d / M::kDepth, T::kDim / M::kDepth); });
             } else {
+                // 16 keys of a part of the depth are a step; operands are loaded a step ahead.
+                constexpr int kKeySteps = T::kWarpKeys / 16, kSteps = T::kDim / M::kDepth * kKeySteps;
+                typename M::A a[2][kMTiles];
+                typename M::B key[2][2];
+                const auto load_q = [&](int d_step, int i) {
+                    if constexpr (T::kKeepsQ)
+                        a[d_step % 2][i] = kept_q[i][d_step];
+                    else
+                        M::load_a(a[d_step % 2][i], place_q, 16 * i, d_step * M::kDepth);
+                };
+                const auto load_keys = [&](int step) {
+                    M::load_b(key[step % 2], place_k, step / kKeySteps * M::kDepth, step % kKeySteps * 16);
+                };
 #pragma unroll
-                for (int d = 0; d < T::kDim; d += M::kDepth) {
-                    typename M::A a[kMTiles];
+                for (int i = 0; i < kMTiles; ++i) load_q(0, i);
+                load_keys(0);
 #pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) {
-                        if constexpr (T::kKeepsQ)
-                            a[i] = kept_q[i][d / M::kDepth];
-                        else
-                            M::load_a(a[i], place_q, 16 * i, d);
-                    }
+                for (int step = 0; step < kSteps; ++step) {
+                    const int d_step = step / kKeySteps, n = step % kKeySteps;
+                    if (step + 1 < kSteps) load_keys(step + 1);
+                    if (d_step + 1 < T::kDim / M::kDepth)
 #pragma unroll
-                    for (int n = 0; n < T::kWarpKeys; n += 16) {
-                        typename M::B key[2];
-                        M::load_b(key, place_k, d, n);
+                        for (int i = 0; i < kMTiles; ++i)
+                            if (i * kKeySteps / kMTiles == n) load_q(d_step + 1, i);
 #pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) {
-                            M::multiply(acc_s[i][n / 8], a[i], key[0]);
-                            M::multiply(acc_s[i][n / 8 + 1], a[i], key[1]);
-                        }
-                    }
-                    copy_keys(d);
+                    for (int j = 0; j < 2; ++j)
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i)
+                            M::multiply(acc_s[i][2 * n + j], a[d_step % 2][i], key[step % 2][j]);
+                    copy_parts(step, kSteps);
                 }
             }
 
@@ -339,11 +353,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         if (drops) drop(p[i][0], smem.rule, warp_row0 + 16 * i, warp_n0 + 16 * step);
                 }
             };
-            KeyCopy copy_v = copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN);
-            const auto copy_values = [&](int step) {
-#pragma unroll
-                for (int n = 0; n < KeyCopy::kCopies; ++n)
-                    if (n * (T::kBlockN / 16) / KeyCopy::kCopies == step) copy_v.part(smem.v[stage ^ 1], n);
+            const auto copy_next_bias = [&](int step) {
                 if constexpr (kModified)
                     if (step == 1) {  // registers of scores are free
                         __syncwarp(); // the bias was read
@@ -360,7 +370,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             add_product(acc_o, p, place_v, 16 * step);
                         else
                             add_product<T>(acc_o, p, place_v, 16 * step);
-                        copy_values(step);
+                        copy_next_bias(step);
                     }
                 } else {
                     const int row = row_warp * T::kWarpRows + lane / 4;
@@ -386,7 +396,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
                         add_product<T>(acc_o, p, place_v, 16 * step);
-                        copy_values(step);
+                        copy_next_bias(step);
                     }
                 }
             };

@@ -148,7 +148,7 @@ __device__ __forceinline__ void load_tile(Tile<Real, kHeight, kWidth> &tile, con
         for (int n = 0; n < fa_ceil_div(kHeight, kStep); ++n, r += kStep) {
             if (kHeight % kStep != 0 && r >= kHeight) break;
             const bool valid = is_col && is_row(row0 + r);
-            cp_async_16(to + n * kStep * Tile<Real, kHeight, kWidth>::kStride, valid ? from : src.data, valid ? 16 : 0);
+            cp_async_16(to + n * kStep * Tile<Real, kHeight, kWidth>::kStride, valid ? from : src.data, valid);
             from += kStep * src.stride * static_cast<int>(sizeof(Real));
         }
     } else if (src.vectors && sizeof(Real) == 4) { // eight 16-bit elements make two vectors

@@ -4,12 +4,17 @@
 
 #include "cuda/ptx/shared.cuh"
 
-// 16 bytes, both addresses aligned to them: the first `bytes`, 0 to 16, are read, the others become zeros.
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+// 16 bytes, both addresses aligned to them; zeros, and nothing is read, unless `valid`.
+__device__ __forceinline__ void cp_async_16(void *shared, const void *global, bool valid) {
+    asm volatile("{\n\t.reg .pred ignored;\n\tsetp.eq.u32 ignored, %2, 0;\n\t"
+                 "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n\t}" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(static_cast<uint32_t>(valid))
+                 : "memory");
 }
-__device__ __forceinline__ void cp_async_16(void *shared, const void *global, int bytes) {
-    cp_async_16(shared_address(shared), global, bytes);
+
+// 16 bytes, both addresses aligned to them: the first `bytes`, 0 to 16, are read, the others become zeros.
+__device__ __forceinline__ void cp_async_16_part(uint32_t shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // 4 bytes; zeros, and nothing is read, unless `valid`.
