@@ -21,6 +21,7 @@
 #ifndef FA_TENSOR_CORE_FORWARD_CUH
 #define FA_TENSOR_CORE_FORWARD_CUH
 
+#include "cuda/divisor.cuh"
 #include "cuda/mma_float.cuh"
 #include "cuda/mma_scores.cuh"
 #include "cuda/ptx/sync.cuh"
@@ -53,8 +54,9 @@ struct ForwardTile {
         SwizzledTile<Element, kBlockM, kDim> q;          // O at the end
         SwizzledTile<Element, kBlockN, kDim> k[2], v[2]; // this turn's and the next one's
         std::conditional_t<kColWarps == 2, Exchange, Nothing> exchange;
-        fa_sequence seq;
-        const char *head_k, *head_v; // kept here, as what follows, where they take no registers
+        fa_sequence seq; // kept here, as what follows, where they take no registers
+        const char *head_k, *head_v;
+        int row0, row_end, head; // of the block
         struct {
             Span some, all;
         } keys[kThreads / 32];
@@ -63,9 +65,14 @@ struct ForwardTile {
     };
 };
 
-struct ForwardOrder { // of blocks: sections of heads, whose K and V fit the L2 cache, then rows, then heads
-    int section;
-    bool stages_bias; // through shared memory
+// What the host knows: divisions are slow on the device.
+struct ForwardPlan {
+    // Of blocks: sections of heads, whose K and V fit the L2 cache, then rows, then heads. The last section may lack some.
+    Divisor section, section_blocks; // heads, blocks
+    Divisor heads_q, group;
+    int m_blocks, heads; // of all sequences
+    float keep;          // 1 / (1 - dropout_p)
+    bool stages_bias;    // through shared memory
 };
 
 // acc_o += P V, over 16 keys from row `key` of the tile of V on.
@@ -90,7 +97,7 @@ __device__ __forceinline__ void add_product(float (&acc_o)[T::kMTiles][kOTiles][
 
 template <typename T, bool kModified>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
-    tensor_core_forward(const __grid_constant__ fa_forward_args args, const __grid_constant__ ForwardOrder order) {
+    tensor_core_forward(const __grid_constant__ fa_forward_args args, const __grid_constant__ ForwardPlan plan) {
     using M = Mma<typename T::Element>;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpKeys / 8, kOTiles = T::kWarpDim / 8;
     constexpr int kParts = 16 / M::kDepth;
@@ -100,48 +107,61 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     using Smem = typename T::template Smem<kModified>;
     Smem &smem = *reinterpret_cast<Smem *>(shared);
 
-    const int m_blocks = static_cast<int>(fa_ceil_div(args.seqlen_q, T::kBlockM));
-    const int in_section = static_cast<int>(blockIdx.x) % (order.section * m_blocks);
-    const int section0 = static_cast<int>(blockIdx.x) / (order.section * m_blocks) * order.section;
-    const int section = min(order.section, static_cast<int>(args.batch * args.heads_q) - section0);
-    const int bh = section0 + in_section % section, heads_q = static_cast<int>(args.heads_q);
-    const int b = bh / heads_q, h = bh % heads_q, h_kv = h / static_cast<int>(args.heads_q / args.heads_kv);
-    const int row0 = (m_blocks - 1 - in_section / section) * T::kBlockM; // causal: the longest rows first
+    const int nth_section = plan.section_blocks.quotient(static_cast<int>(blockIdx.x));
+    const int in_section = static_cast<int>(blockIdx.x - nth_section * plan.section_blocks.value);
+    const int nth_m = plan.section.quotient(in_section), section = static_cast<int>(plan.section.value);
+    const int bh = nth_section * section + in_section - nth_m * section;
+    if (bh >= plan.heads) return;
+    const int b = plan.heads_q.quotient(bh), h = bh - b * static_cast<int>(plan.heads_q.value);
+    const int h_kv = plan.group.quotient(h);
+    const int row0 = (plan.m_blocks - 1 - nth_m) * T::kBlockM; // causal: the longest rows first
     const fa_sequence seq = fa_sequence_at(&args, b);
-    const int len_q = static_cast<int>(seq.len_q), len_k = static_cast<int>(seq.len_k);
+    const int len_q = static_cast<int>(seq.len_q);
     if (row0 >= len_q) return;
     const int row_end = min(row0 + T::kBlockM, len_q);
-    const auto keys_of = [&](int row) {
-        const fa_interval keys = fa_visible_keys(&args, &seq, row);
-        return Span{static_cast<int>(keys.lo), static_cast<int>(keys.hi)};
-    };
     const Rows<float> q(args.q, kDtype<typename T::Element>, seq.batch_index, h, seq.row_q, args.head_dim);
     const Rows<float> k(args.k, kDtype<typename T::Element>, seq.batch_index, h_kv, seq.row_k, args.head_dim);
     const Rows<float> v(args.v, kDtype<typename T::Element>, seq.batch_index, h_kv, seq.row_k, args.head_dim_v);
-    const int key_first = keys_of(row0).lo / T::kBlockN * T::kBlockN, key_end = keys_of(row_end - 1).hi;
+    TileCopy<T::kThreads, decltype(smem.q)>(q.data, args.q.stride_l, args.head_dim, row0, row_end).all(smem.q);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp % T::kRowWarps, col_warp = warp / T::kRowWarps;
-    const int warp_row0 = row0 + row_warp * T::kWarpRows, thread_row = warp_row0 + lane / 4;
-    // The keys that one of the warp's rows sees, and those that all of them do.
-    const Span first = keys_of(min(warp_row0, row_end - 1)), last = keys_of(min(warp_row0 + T::kWarpRows, row_end) - 1);
-    if (lane == 0) smem.keys[warp] = {{first.lo, warp_row0 < row_end ? last.hi : 0}, {last.lo, first.hi}};
-    if (threadIdx.x == 0) smem.seq = seq, smem.head_k = k.data, smem.head_v = v.data;
+    const int warp_row0 = row0 + row_warp * T::kWarpRows;
+    // Lanes 0 and 1 look at what the block's first and last row see, 2 and 3 at what the warp's do.
+    const int asked_row = lane % 2 ? (lane & 2 ? warp_row0 + T::kWarpRows : row_end) - 1 : lane & 2 ? warp_row0 : row0;
+    const fa_interval asked = fa_visible_keys(&args, &seq, min(asked_row, row_end - 1));
+    const int asked_lo = static_cast<int>(asked.lo), asked_hi = static_cast<int>(asked.hi);
+    const int key_first = __shfl_sync(~0u, asked_lo, 0) / T::kBlockN * T::kBlockN;
+    const int key_end = __shfl_sync(~0u, asked_hi, 1);
+    using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>>;
+    const auto copy_of = [&](const fa_tensor &t, const char *head, int64_t width, int n0) {
+        return KeyCopy(head, t.stride_l, width, n0, key_end);
+    };
+    copy_of(args.k, k.data, args.head_dim, key_first).all(smem.k[0]);
+    copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
 
-    float unit = 1.44269504f * static_cast<float>(args.softmax_scale); // of scores, in log2: products where plain
-    if constexpr (kModified) {
-        const MmaScoreRule rule(args, seq, b, h);
-        unit = 1.44269504f * rule.unit;
-        if (threadIdx.x == 0) smem.rule = rule;
+    // The keys that one of the warp's rows sees, and those that all of them do.
+    const Span some = {__shfl_sync(~0u, asked_lo, 2), __shfl_sync(~0u, asked_hi, 3)};
+    const Span all = {__shfl_sync(~0u, asked_lo, 3), __shfl_sync(~0u, asked_hi, 2)};
+    if (lane == 0) smem.keys[warp] = {{some.lo, warp_row0 < row_end ? some.hi : 0}, all};
+    if (threadIdx.x == 0) {
+        smem.seq = seq, smem.head_k = k.data, smem.head_v = v.data;
+        smem.row0 = row0, smem.row_end = row_end, smem.head = h;
+        if constexpr (kModified) smem.rule = MmaScoreRule(args, seq, b, h);
     }
+    float unit = 1.44269504f * static_cast<float>(args.softmax_scale); // of scores, in log2: products where plain
     const auto staged_bias = [&] { // this warp's part, of a turn
-        return StagedBias<typename T::BiasTile>{order.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
+        return StagedBias<typename T::BiasTile>{plan.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
                                                 col_warp * T::kWarpKeys};
     };
-    const auto copy_bias = [&](int64_t head_at, int n0) {
-        if (order.stages_bias)
-            staged_bias().template copy<T::kWarpRows, T::kWarpKeys>(args.bias, head_at, warp_row0, row_end,
+    const auto copy_bias = [&](int64_t head_at, int block_row0, int block_row_end, int n0) {
+        if (plan.stages_bias)
+            staged_bias().template copy<T::kWarpRows, T::kWarpKeys>(args.bias, head_at,
+                                                                    block_row0 + row_warp * T::kWarpRows, block_row_end,
                                                                     n0 + col_warp * T::kWarpKeys, key_end);
+    };
+    const auto copy_next_bias = [&](int n0) {
+        if constexpr (kModified) copy_bias(smem.rule.bias_at, smem.row0, smem.row_end, n0);
     };
 
     float acc_o[kMTiles][kOTiles][4] = {};
@@ -152,14 +172,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     // made relative to it first.
     bool is_far = false;
 
-    using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>>;
-    const auto copy_of = [&](const fa_tensor &t, const char *head, int64_t width, int n0) {
-        return KeyCopy(head, t.stride_l, width, n0, len_k);
-    };
-    TileCopy<T::kThreads, decltype(smem.q)>(q.data, args.q.stride_l, args.head_dim, row0, row_end).all(smem.q);
-    copy_of(args.k, k.data, args.head_dim, key_first).all(smem.k[0]);
-    copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
-    if constexpr (kModified) copy_bias(b * args.bias.stride_b + h * args.bias.stride_h, key_first);
+    if constexpr (kModified) copy_bias(b * args.bias.stride_b + h * args.bias.stride_h, row0, row_end, key_first);
     cp_async_commit();
 
     const auto place_q = M::place_a(smem.q, row_warp * T::kWarpRows);
@@ -167,7 +180,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     auto place_v = M::place_b_transposed(smem.v[0], 0, 2 * col_warp);
     typename M::A kept_q[T::kKeepsQ ? kMTiles : 1][T::kDim / M::kDepth];
 
+    __syncthreads(); // what the threads tell each other is there
+    if constexpr (kModified) unit = 1.44269504f * smem.rule.unit;
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
+        const auto keys = smem.keys[warp];
+        const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
+        KeyCopy next = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN); // the next turn's; zeros after the last
         cp_async_wait<0>();
         __syncthreads(); // K and V are there, and those of the turn before were read
         if constexpr (T::kKeepsQ) {
@@ -178,15 +196,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int d = 0; d < T::kDim; d += M::kDepth)
                         M::load_a(kept_q[i][d / M::kDepth], place_q, 16 * i, d);
         }
-        const auto keys = smem.keys[warp];
-        // The next turn's K and V; zeros after the last.
-        if (n0 >= keys.some.hi || n0 + T::kBlockN <= keys.some.lo) {
-            copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN).all(smem.k[stage ^ 1]);
+        if (!is_seen) {
+            next.all(smem.k[stage ^ 1]);
             copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN).all(smem.v[stage ^ 1]);
-            if constexpr (kModified) copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
+            copy_next_bias(n0 + T::kBlockN);
         } else {
             // The copies go out between the products of S, so that they are there when the turn ends.
-            KeyCopy next = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN);
             const auto copy_parts = [&](int step, int steps) {
 #pragma unroll
                 for (int n = 0; n < 2 * KeyCopy::kCopies; ++n)
@@ -235,13 +250,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
             const int warp_n0 = n0 + col_warp * T::kWarpKeys;
             const int thread_key = warp_n0 + lane % 4 * 2;
+            const auto warp_row = [&] { return smem.row0 + row_warp * T::kWarpRows; };
             if constexpr (kModified) {
                 modify_scores<typename T::Element, false>(
-                    acc_s, args, smem.seq, smem.rule, thread_row, thread_key, [](int, int, int, float) {},
+                    acc_s, args, smem.seq, smem.rule, warp_row() + lane / 4, thread_key, [](int, int, int, float) {},
                     staged_bias());
             }
             if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
-                hide_scores<false>(acc_s, args, smem.seq, thread_row, thread_key);
+                hide_scores<false>(acc_s, args, smem.seq, warp_row() + lane / 4, thread_key);
 
             // Whether a row's maximum left the slack behind.
             float new_max[kMTiles][2];
@@ -347,17 +363,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         row_sum[i][entry / 2 % 2] += s;
                     }
                     if constexpr (kModified && kFloat)
-                        if (drops) drop(left, right, smem.rule, warp_row0 + 16 * i, warp_n0 + 16 * step);
+                        if (drops) drop(left, right, smem.rule, warp_row() + 16 * i, warp_n0 + 16 * step);
                     M::from_scores(p[i], left, right);
                     if constexpr (kModified && !kFloat)
-                        if (drops) drop(p[i][0], smem.rule, warp_row0 + 16 * i, warp_n0 + 16 * step);
+                        if (drops) drop(p[i][0], smem.rule, warp_row() + 16 * i, warp_n0 + 16 * step);
                 }
             };
-            const auto copy_next_bias = [&](int step) {
+            const auto after_values = [&](int step) {
                 if constexpr (kModified)
                     if (step == 1) {  // registers of scores are free
                         __syncwarp(); // the bias was read
-                        copy_bias(smem.rule.bias_at, n0 + T::kBlockN);
+                        copy_next_bias(n0 + T::kBlockN);
                     }
             };
             const auto multiply_values = [&](const bool drops) {
@@ -370,7 +386,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             add_product(acc_o, p, place_v, 16 * step);
                         else
                             add_product<T>(acc_o, p, place_v, 16 * step);
-                        copy_next_bias(step);
+                        after_values(step);
                     }
                 } else {
                     const int row = row_warp * T::kWarpRows + lane / 4;
@@ -396,7 +412,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
                         add_product<T>(acc_o, p, place_v, 16 * step);
-                        copy_next_bias(step);
+                        after_values(step);
                     }
                 }
             };
@@ -429,11 +445,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
         barrier_wait(1 + row_warp, 64); // both sums are there, Q was read
     }
+    const int block_row0 = smem.row0, block_row_end = smem.row_end, head = smem.head;
     float natural = static_cast<float>(args.softmax_scale); // a score of 1
     if constexpr (kModified) natural = smem.rule.unit;
+    LanePlace place_o(smem.q, row_warp * T::kWarpRows + lane / 4, 2 * col_warp);
+    place_o.address += lane % 4 * 4;
+    int own_row = T::kBlockM; // each of a row's four lanes tells the lse of one of their rows
+    float own_sum = 0, own_most = 0;
+    static_assert(2 * kMTiles <= 4);
     const bool has_sink = args.sinks.data != nullptr;
-    const float sink = has_sink ? load_per_head<float>(args.sinks, 0, h) : -infinity(0.0f);
-    const float keep = static_cast<float>(1 / (1 - args.dropout_p));
+    const float sink = has_sink ? load_per_head<float>(args.sinks, 0, head) : -infinity(0.0f);
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -455,43 +476,43 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 rescale *= factor;
                 most = higher;
             }
-            const float normalise = sum == 0 ? 0 : rescale * keep / sum; // a NaN stays one
+            const float normalise = sum == 0 ? 0 : rescale * plan.keep * rcp_approx(sum); // a NaN stays one
             if constexpr (kFloat) {
-                const Rows<float> o(args.o, FA_FLOAT32, smem.seq.batch_index, h, smem.seq.row_q, args.head_dim_v);
+                const Rows<float> o(args.o, FA_FLOAT32, smem.seq.batch_index, head, smem.seq.row_q, args.head_dim_v);
 #pragma unroll
                 for (int j = 0; j < kOTiles; j += 2) {
                     const float4 x = M::four_columns(acc_o[i][j], acc_o[i][j + 1], half);
                     const int column = 8 * j + lane % 4 * 4;
-                    if (row0 + r < row_end && column < args.head_dim_v)
-                        *reinterpret_cast<float4 *>(o.at(row0 + r, column)) =
+                    if (block_row0 + r < block_row_end && column < args.head_dim_v)
+                        *reinterpret_cast<float4 *>(o.at(block_row0 + r, column)) =
                             make_float4(x.x * normalise, x.y * normalise, x.z * normalise, x.w * normalise);
                 }
             } else {
 #pragma unroll
                 for (int j = 0; j < kOTiles; ++j) {
-                    const int column = T::kColWarps * (j / 2 * 2) + 2 * col_warp + j % 2;
                     store_shared(
-                        shared_address(smem.q.at(r, column)) + lane % 4 * 4,
+                        place_o.at(16 * i + 8 * half, T::kColWarps * (j / 2 * 2) + j % 2),
                         M::round_pair(acc_o[i][j][2 * half] * normalise, acc_o[i][j][2 * half + 1] * normalise));
                 }
             }
-            if (lane % 4 == 0 && col_warp == 0 && row0 + r < row_end)
-                store(args.lse.data, FA_FLOAT32,
-                      fa_row_offset(&args.lse, smem.seq.batch_index, h, smem.seq.row_q + row0 + r),
-                      sum == 0 ? -infinity(0.0f) : most + logf(sum));
+            if (lane % 4 == 2 * i + half) own_row = r, own_sum = sum, own_most = most;
         }
+    if (col_warp == 0 && own_row < T::kBlockM && block_row0 + own_row < block_row_end)
+        store(args.lse.data, FA_FLOAT32,
+              fa_row_offset(&args.lse, smem.seq.batch_index, head, smem.seq.row_q + block_row0 + own_row),
+              own_sum == 0 ? -infinity(0.0f) : own_most + logf(own_sum));
     if constexpr (!kFloat) {
         if constexpr (T::kColWarps == 2)
             barrier_wait(1 + row_warp, 64); // the rows are there
         else
             __syncwarp();
-        const Rows<float> o(args.o, kDtype<typename T::Element>, smem.seq.batch_index, h, smem.seq.row_q,
+        const Rows<float> o(args.o, kDtype<typename T::Element>, smem.seq.batch_index, head, smem.seq.row_q,
                             args.head_dim_v);
         constexpr int kColumns = T::kDim / 8;
         for (int index = col_warp * 32 + lane; index < T::kWarpRows * kColumns; index += 32 * T::kColWarps) {
             const int r = row_warp * T::kWarpRows + index / kColumns, column = index % kColumns;
-            if (row0 + r >= row_end || column * 8 >= args.head_dim_v) continue;
-            *reinterpret_cast<uint4 *>(o.at(row0 + r, column * 8)) =
+            if (block_row0 + r >= block_row_end || column * 8 >= args.head_dim_v) continue;
+            *reinterpret_cast<uint4 *>(o.at(block_row0 + r, column * 8)) =
                 *reinterpret_cast<const uint4 *>(smem.q.at(r, column));
         }
     }
@@ -499,16 +520,25 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
 template <typename T, bool kModified>
 static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
-    const int64_t heads = args->heads_q * args->batch, group = args->heads_q / args->heads_kv;
+    const int64_t heads = args->heads_q * args->batch, group = args->heads_q / fa_max(args->heads_kv, 1);
     const int64_t head_bytes = args->seqlen_k * (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->dtype);
+    const int64_t m_blocks = fa_ceil_div(args->seqlen_q, T::kBlockM);
     // Where rows are unequally long: the longest of many heads first. Else head by head.
     const bool unequal = args->causal || args->window_left >= 0 || args->window_right >= 0;
     const int64_t fitting = fa_clamp(kSectionBytes / fa_max(head_bytes, 1) * group, group, fa_max(heads, 1));
-    const ForwardOrder order = {static_cast<int>(unequal ? fitting : 1),
-                                shared_bytes > sizeof(typename T::template Smem<kModified>)};
+    const int64_t section = unequal ? fa_max(fitting, 1) : 1;
+    const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
+    const ForwardPlan plan = {divisor(section),
+                              divisor(section * m_blocks),
+                              divisor(args->heads_q),
+                              divisor(group),
+                              static_cast<int>(m_blocks),
+                              static_cast<int>(heads),
+                              static_cast<float>(1 / (1 - args->dropout_p)),
+                              shared_bytes > sizeof(typename T::template Smem<kModified>)};
     return fa_launch("tensor core forward", tensor_core_forward<T, kModified>,
-                     fa_ceil_div(args->seqlen_q, T::kBlockM) * heads, T::kThreads, shared_bytes, fa_stream(args), *args,
-                     order);
+                     fa_ceil_div(heads, section) * section * m_blocks, T::kThreads, shared_bytes, fa_stream(args),
+                     *args, plan);
 }
 
 // A 16-bit bias goes through shared memory where its rows are made of 16 bytes, aligned.
