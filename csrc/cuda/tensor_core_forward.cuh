@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     TileCopy<T::kThreads, decltype(smem.q)>(q.data, args.q.stride_l, args.head_dim, row0, row_end).all(smem.q);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row_warp = warp % T::kRowWarps, col_warp = warp / T::kRowWarps;
+    // Warps that share rows belong to different schedulers: those of one need not do the same at the same time.
+    const int row_warp = warp / T::kColWarps, col_warp = warp % T::kColWarps;
     const int warp_row0 = row0 + row_warp * T::kWarpRows;
     // Lanes 0 and 1 look at what the block's first and last row see, 2 and 3 at what the warp's do.
     const int asked_row = lane % 2 ? (lane & 2 ? warp_row0 + T::kWarpRows : row_end) - 1 : lane & 2 ? warp_row0 : row0;
@@ -508,12 +509,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             __syncwarp();
         const Rows<float> o(args.o, kDtype<typename T::Element>, smem.seq.batch_index, head, smem.seq.row_q,
                             args.head_dim_v);
-        constexpr int kColumns = T::kDim / 8;
-        for (int index = col_warp * 32 + lane; index < T::kWarpRows * kColumns; index += 32 * T::kColWarps) {
-            const int r = row_warp * T::kWarpRows + index / kColumns, column = index % kColumns;
-            if (block_row0 + r >= block_row_end || column * 8 >= args.head_dim_v) continue;
-            *reinterpret_cast<uint4 *>(o.at(block_row0 + r, column * 8)) =
-                *reinterpret_cast<const uint4 *>(smem.q.at(r, column));
+        // A lane stays in its column; four of its rows at a time.
+        constexpr int kColumns = T::kDim / 8, kStep = 32 * T::kColWarps / kColumns;
+        const int index = col_warp * 32 + lane, column = index % kColumns;
+        const int r = row_warp * T::kWarpRows + index / kColumns, rows_left = block_row_end - block_row0 - r;
+        if (index >= kStep * kColumns || column * 8 >= args.head_dim_v) return;
+        auto *to = o.at(block_row0 + r, column * 8);
+#pragma unroll
+        for (int first = 0; first < T::kWarpRows / kStep; first += 4) {
+            uint4 x[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+                x[n] = *reinterpret_cast<const uint4 *>(smem.q.at(r + (first + n) * kStep, column));
+#pragma unroll
+            for (int n = 0; n < 4; ++n, to += kStep * args.o.stride_l * sizeof(typename T::Element))
+                if ((first + n) * kStep < rows_left) *reinterpret_cast<uint4 *>(to) = x[n];
         }
     }
 }
