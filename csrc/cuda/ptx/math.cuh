@@ -1,4 +1,4 @@
-// Special functions and logical operations of the hardware.
+// Special functions, logical operations and special registers of the hardware.
 #ifndef FA_PTX_MATH_CUH
 #define FA_PTX_MATH_CUH
 
@@ -30,6 +30,13 @@ __device__ __forceinline__ uint32_t sign_halves(uint32_t x) {
     uint32_t mask;
     asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(mask) : "r"(x)); // 8 + n: the sign of byte n, 8 times
     return mask;
+}
+
+// threadIdx.x, read once more: nothing that was made of the first reading stays in registers for this one's sake.
+__device__ __forceinline__ int thread_index_again() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
 }
 
 #endif
