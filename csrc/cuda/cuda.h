@@ -35,6 +35,11 @@ static inline cudaStream_t fa_stream(const fa_forward_args *args) { return (cuda
 
 // Raises the dynamic shared memory that `kernel` may use. False: the device has less.
 static inline bool fa_allow_shared(const void *kernel, size_t bytes) {
+    int device = 0, most_bytes = 0;
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+        bytes > (size_t)most_bytes)
+        return false;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) == cudaSuccess)
         return true;
     (void)cudaGetLastError(); // it is told to the caller alone
