@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const float scale = static_cast<float>(forward.softmax_scale);
     const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
 
-    // The turns go query head by query head, and in each from the last rows to the first.
+    // The turns go from the last rows to the first: all heads of the group at the same rows, so that blocks of later keys,
+    // which may have fewer, keep pace with those that they wait for; or, scores that have rules, head by head.
     const int last_key = min(key0 + T::kBlockN, len_k) - 1;
     const fa_interval see_first = fa_seeing_rows(&forward, &seq, key0, key0 + 1);
     const fa_interval see_last = fa_seeing_rows(&forward, &seq, last_key, last_key + 1);
@@ -306,13 +307,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             };
             const int64_t left = forward.window_left < 0 ? len_k : fa_min(forward.window_left, len_k);
             const bool has_all = key0 + T::kBlockN <= len_k;
-            smem.steps[0] = step(0, 1), smem.steps[1] = step(1, 1 - of_head);
-            smem.walk = {of_head, static_cast<int>(see_last.lo), has_all ? static_cast<int>(see_first.hi) : 0,
-                         len_k - len_q - static_cast<int>(left)};
+            smem.steps[0] = kModified ? step(0, 1) : step(1, 0);
+            smem.steps[1] = kModified ? step(1, 1 - of_head) : step(1 - group, 1);
+            smem.walk = {kModified ? of_head : group, static_cast<int>(see_last.lo),
+                         has_all ? static_cast<int>(see_first.hi) : 0, len_k - len_q - static_cast<int>(left)};
             first.sum0 = static_cast<int>(h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) +
                                           row_last / T::kBlockM) *
                          dq.chains;
-            first.inner = of_head;
+            first.inner = smem.walk.inner_turns;
             complete(first, smem.walk);
             turn_at(0) = first;
             if constexpr (kModified) smem.modified.rules[0] = MmaScoreRule(forward, seq, b, h);
