@@ -254,18 +254,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             }
         }
+        const auto each = [&](const auto &body) {
+#pragma unroll
+            for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+                for (int j = 0; j < 2 * T::kColumnTiles; ++j)
+                    body(sums + (i * 2 * T::kColumnTiles + j) * 32 * 4, acc[i][j]);
+        };
+        if (before == 0) {
+            each([](float *at, const float (&x)[4]) {
+                *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
+            });
+            return;
+        }
         while (added < before) added = load_relaxed(counter); // the blocks before have added theirs
-#pragma unroll
-        for (int i = 0; i < T::kQueryTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
-                float *at = sums + (i * 2 * T::kColumnTiles + j) * 32 * 4;
-                const float (&x)[4] = acc[i][j];
-                if (before > 0)
-                    reduce_add_4(at, x[0], x[1], x[2], x[3]);
-                else
-                    *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
-            }
+        each([](float *at, const float (&x)[4]) { reduce_add_4(at, x[0], x[1], x[2], x[3]); });
     };
     // After a barrier that all warps came to since they added.
     const auto tell_added = [&](int turn_index) {
