@@ -14,7 +14,8 @@
 //
 // dQ' are float32 sums in memory. The blocks of keys add to a block of queries in the order of their keys, each
 // waiting for the one before: the same bits on every run. They walk from the last rows to the first, one
-// turn behind each other, so that waiting costs as many turns at the start of a launch as a head has blocks, and nothing after.
+// turn behind each other, so that waiting costs a few turns at the start of a launch, as many as a head has blocks at a
+// time on the device.
 //
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
@@ -114,8 +115,9 @@ struct BackwardTile {
     };
 };
 
-// Of blocks: sections of as many heads as the device holds at a time, then keys, then heads. Blocks that start together then
-// belong to different heads, and none waits for the other.
+// Of blocks: sections of heads, then keys, then heads. The device holds four blocks (or all) of each head of a section at a
+// time: enough to share Q, dO and dQ' in the L2 cache; more would wait longer for each other, and with more sections the
+// longest blocks of causal heads would start later.
 struct BackwardOrder {
     unsigned section, n_blocks;
     int heads, heads_kv, group; // heads: those of keys, of all sequences; group: heads_q / heads_kv
@@ -961,7 +963,8 @@ static fa_status launch(const fa_backward_args *args) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
-    const int64_t section = fa_clamp(fa_ceil_div(sms * T::kBlocksPerSm, fa_max(n_blocks, 1)), 1, fa_max(heads, 1));
+    const int64_t of_head = fa_clamp(n_blocks, 1, 4), most = fa_ceil_div(sms * T::kBlocksPerSm, of_head);
+    const int64_t section = fa_ceil_div(heads, fa_max(fa_ceil_div(heads, most), 1)); // alike
     const BackwardOrder order = {static_cast<unsigned>(section), static_cast<unsigned>(n_blocks),
                                  static_cast<int>(heads), static_cast<int>(forward->heads_kv),
                                  static_cast<int>(forward->heads_q / fa_max(forward->heads_kv, 1))};
