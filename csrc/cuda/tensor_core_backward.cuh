@@ -213,6 +213,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
     };
 
+    // After a barrier that all warps came to since they added.
+    const auto tell_added = [&](int turn_index) {
+        const typename T::Turn &turn = turn_at(turn_index);
+        if (threadIdx.x == T::kThreads / 2) raise_release(dq.turns + turn.sum, turn.before + 1);
+    };
+
     // dQ' += dS K of a turn, after the keys before these.
     const auto add_to_dq = [&](int turn_index) {
         const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
@@ -256,6 +262,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             }
         }
+        // By a key warp, here, where the fence finds the reductions of the turn before done.
+        if (!makes_dv && turn_index > 0) tell_added(turn_index - 1);
         const auto each = [&](const auto &body) {
 #pragma unroll
             for (int i = 0; i < T::kQueryTiles; ++i)
@@ -272,12 +280,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         while (added < before) added = load_relaxed(counter); // the blocks before have added theirs
         each([](float *at, const float (&x)[4]) { reduce_add_4(at, x[0], x[1], x[2], x[3]); });
     };
-    // After a barrier that all warps came to since they added.
-    const auto tell_added = [&](int turn_index) {
-        const typename T::Turn &turn = turn_at(turn_index);
-        if (threadIdx.x == 0) raise_release(dq.turns + turn.sum, turn.before + 1);
-    };
-
     // After a barrier that all warps came to since the head's last turn.
     const auto store_slopes = [&](int head_index) {
         if constexpr (kModified) {
@@ -333,7 +335,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         // Q and dO are there, the next turn is described; those of the turn before were read, its dS is there, and dQ' of
         // the one before that.
         __syncthreads();
-        if (turn >= 2) tell_added(turn - 2);
         if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
         // The next turn's; where there is none, this one's again.
         const int now_m0 = turn_at(turn).m0;
@@ -695,7 +696,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     cp_async_commit();
     cp_async_wait<0>(); // no copy outlives its block
     __syncthreads();    // dS of the last turn is there, V was read
-    if (turns > 1) tell_added(turns - 2);
     if (turns > 0) store_slopes(group - 1), add_to_dq(turns - 1);
     __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
     if (turns > 0) tell_added(turns - 1);
