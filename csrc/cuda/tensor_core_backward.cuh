@@ -336,10 +336,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         // the one before that.
         __syncthreads();
         if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
-        // The next turn's; where there is none, this one's again.
+        // The next turn's; where there is none, this one's again. Rules leave no registers for a copy.
         const int now_m0 = turn_at(turn).m0;
         const bool is_whole = turn_at(turn).is_whole;
-        const typename T::Turn next = turn_at(min(turn + 1, turns - 1));
+        using Next = std::conditional_t<kModified, const typename T::Turn &, const typename T::Turn>;
+        Next next = turn_at(min(turn + 1, turns - 1));
         copy_row_values(next, stage ^ 1);
         QueryCopy next_q = copy_q(next);
         if (!makes_dv && turn > 0) add_to_dq(turn - 1);
