@@ -14,7 +14,8 @@
 //
 // dQ' are float32 sums in memory. The blocks of keys add to a block of queries in the order of their keys, each
 // waiting for the one before: the same bits on every run. They walk from the last rows to the first, one
-// turn behind each other, so that waiting costs as many turns at the start of a launch as a head has blocks, and nothing after.
+// turn behind each other, so that waiting costs a few turns at the start of a launch, as many as a head has blocks at a
+// time on the device.
 //
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
@@ -77,19 +78,27 @@ struct BackwardTile {
     };
     struct Modified {
         Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
-        MmaScoreRule rules[3];             // of query heads: this turn's to that of the turn after next
+        MmaScoreRule rules[3];             // of query heads: this turn's and the next one's
         double slopes[2][kWarps];          // sums of dS |i + offset - j|, of the last head and the one before
     };
     struct Nothing {};
     using BiasTile = SwizzledTile<Element, 8, 64>; // none is staged
-    // What a turn reads and adds to: made two turns ahead by one thread.
-    struct Turn {
+    // What a turn reads and adds to: made a turn ahead by one thread, from the turn before.
+    struct alignas(16) Turn {
         const char *q, *d_o; // row m0
-        const float *lse, *correction, *delta;
-        float *sums;    // dQ' of the block of queries
-        int32_t *added; // the blocks of keys that have added to it
-        int m0, before;
-        bool is_whole; // all rows see all keys
+        const float *lse;
+        int m0, sum0;        // sum0: the first of dQ' of these queries
+        int sum, before;     // the one that these keys add to, after so many others
+        int is_whole, inner; // all rows see all keys; turns until the next outer step
+    };
+    struct alignas(16) Step { // what a turn adds to a Turn
+        int64_t q_bytes, d_o_bytes, lse;
+        int m0, sum0;
+    };
+    struct alignas(16) Walk {
+        int inner_turns;
+        int whole_lo, whole_hi; // rows that see all keys
+        int edge;               // row m0 sees keys from max(m0 + edge, 0) on
     };
     template <bool kModified>
     struct Smem {
@@ -100,14 +109,18 @@ struct BackwardTile {
         alignas(16) float lse[2][kBlockM], correction[2][kBlockM], delta[2][kBlockM];
         float far_lse[2][kFloat ? 1 : kBlockM]; // of 16-bit inputs where rows are far; lse is 0 there
         Turn turns[8];                          // of which five are in use
+        Walk walk;
+        Step steps[2]; // inner, outer
         std::conditional_t<kModified, Modified, Nothing> modified;
     };
 };
 
-// Of blocks: sections of as many heads as the device holds at a time, then keys, then heads. Blocks that start together then
-// belong to different heads, and none waits for the other.
+// Of blocks: sections of heads, then keys, then heads. The device holds four blocks (or all) of each head of a section at a
+// time: enough to share Q, dO and dQ' in the L2 cache; more would wait longer for each other, and with more sections the
+// longest blocks of causal heads would start later.
 struct BackwardOrder {
-    int section;
+    unsigned section, n_blocks;
+    int heads, heads_kv, group; // heads: those of keys, of all sequences; group: heads_q / heads_kv
 };
 
 template <typename T, bool kModified>
@@ -123,18 +136,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     auto &smem = *reinterpret_cast<typename T::template Smem<kModified> *>(shared);
 
     const fa_forward_args &forward = args.forward;
-    const int n_blocks = static_cast<int>(fa_ceil_div(forward.seqlen_k, T::kBlockN));
-    const int in_section = static_cast<int>(blockIdx.x) % (order.section * n_blocks);
-    const int section0 = static_cast<int>(blockIdx.x) / (order.section * n_blocks) * order.section;
-    const int section = min(order.section, static_cast<int>(forward.batch * forward.heads_kv) - section0);
-    const int bh = section0 + in_section % section, heads_kv = static_cast<int>(forward.heads_kv);
-    const int b = warp_uniform(bh / heads_kv), h_kv = warp_uniform(bh % heads_kv),
-              group = static_cast<int>(forward.heads_q / forward.heads_kv);
-    const int n_block = warp_uniform(in_section / section), key0 = n_block * T::kBlockN;
+    const unsigned in_section = blockIdx.x % (order.section * order.n_blocks);
+    const unsigned section0 = blockIdx.x / (order.section * order.n_blocks) * order.section;
+    const unsigned section = min(order.section, order.heads - section0);
+    const int bh = static_cast<int>(section0 + in_section % section), group = order.group;
+    const int b = warp_uniform(bh / order.heads_kv), h_kv = warp_uniform(bh % order.heads_kv);
+    const int n_block = warp_uniform(static_cast<int>(in_section / section)), key0 = n_block * T::kBlockN;
     const fa_sequence seq = fa_sequence_at(&forward, b);
     const int len_q = warp_uniform(static_cast<int>(seq.len_q)), len_k = warp_uniform(static_cast<int>(seq.len_k));
     if (key0 >= len_k) return;
-    const fa_interval rows = fa_seeing_rows(&forward, &seq, key0, min(key0 + T::kBlockN, len_k));
+
+    const auto head_of = [&](const fa_tensor &t, int64_t head, int64_t row) {
+        return static_cast<const char *>(t.data) + fa_row_offset(&t, seq.batch_index, head, row) * sizeof(Element);
+    };
+    using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
+    KeyCopy(head_of(forward.k, h_kv, seq.row_k), forward.k.stride_l, forward.head_dim, key0, len_k).all(smem.k);
+    KeyCopy(head_of(forward.v, h_kv, seq.row_k), forward.v.stride_l, forward.head_dim_v, key0, len_k).all(smem.v);
 
     const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const bool makes_dv = warp < T::kWarps / 2; // a value warp
@@ -143,35 +160,38 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const float scale = static_cast<float>(forward.softmax_scale);
     const float keep = static_cast<float>(1 / (1 - forward.dropout_p));
 
-    const auto head_of = [&](const fa_tensor &t, int64_t head, int64_t row) {
-        return static_cast<const char *>(t.data) + fa_row_offset(&t, seq.batch_index, head, row) * sizeof(Element);
-    };
-    // The turns go query head by query head, and in each from the last rows to the first.
-    const int row_lo = static_cast<int>(rows.lo) / T::kBlockM * T::kBlockM;
-    const int row_last = static_cast<int>((rows.hi - 1) / T::kBlockM) * T::kBlockM;
-    const int of_head = rows.lo < rows.hi ? (row_last - row_lo) / T::kBlockM + 1 : 0;
+    // The turns go from the last rows to the first: all heads of the group at the same rows, so that blocks of later keys,
+    // which may have fewer, keep pace with those that they wait for; or, scores that have rules, head by head.
+    const int last_key = min(key0 + T::kBlockN, len_k) - 1;
+    const fa_interval see_first = fa_seeing_rows(&forward, &seq, key0, key0 + 1);
+    const fa_interval see_last = fa_seeing_rows(&forward, &seq, last_key, last_key + 1);
+    const int row_lo = static_cast<int>(see_first.lo) / T::kBlockM * T::kBlockM;
+    const int row_last = static_cast<int>((see_last.hi - 1) / T::kBlockM) * T::kBlockM;
+    const int of_head = see_first.lo < see_last.hi ? (row_last - row_lo) / T::kBlockM + 1 : 0;
     const int turns = warp_uniform(of_head * group);
+    const bool keeps_turns = threadIdx.x == T::kThreads - 32;
+    const auto turn_at = [&](int turn) -> typename T::Turn & { return smem.turns[static_cast<unsigned>(turn) % 8]; };
+    const auto complete = [&](typename T::Turn &turn, const typename T::Walk &walk) {
+        const int nth = n_block - max(turn.m0 + walk.edge, 0) / T::kBlockN; // among the blocks that m0 sees
+        turn.sum = turn.sum0 + (nth & (dq.chains - 1)), turn.before = nth >> (dq.chains - 1);
+        turn.is_whole = (turn.m0 >= walk.whole_lo) & (turn.m0 + T::kBlockM <= walk.whole_hi);
+    };
     const auto describe = [&](int turn) {
         if (turn >= turns) return;
-        typename T::Turn &next = smem.turns[turn % 5];
-        const int h = h_kv * group + turn / of_head, m0 = row_last - turn % of_head * T::kBlockM;
-        const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
-        const int64_t block = h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) + m0 / T::kBlockM;
-        const fa_interval first = fa_visible_keys(&forward, &seq, m0);
-        const fa_interval last = fa_visible_keys(&forward, &seq, min(m0 + T::kBlockM, len_q) - 1);
-        next.q = head_of(forward.q, h, seq.row_q + m0);
-        next.d_o = head_of(args.d_o, h, seq.row_q + m0);
-        next.lse = of_row.lse + m0, next.correction = of_row.correction + m0, next.delta = of_row.delta + m0;
-        if constexpr (kModified)
-            if (turn % of_head == 0) smem.modified.rules[turn / of_head % 3] = MmaScoreRule(forward, seq, b, h);
-        const int nth =
-            n_block - static_cast<int>(first.lo) / T::kBlockN; // among the blocks of keys that these rows see
-        next.sums = dq.sums + (block * dq.chains + nth % dq.chains) * T::kBlockM * T::kDim;
-        next.added = dq.turns + block * dq.chains + nth % dq.chains;
-        next.m0 = m0, next.before = nth / dq.chains;
-        next.is_whole = m0 + T::kBlockM <= len_q && last.lo <= key0 && key0 + T::kBlockN <= first.hi;
+        typename T::Turn next = turn_at(turn - 1);
+        const typename T::Walk walk = smem.walk;
+        const bool is_outer = --next.inner == 0;
+        const typename T::Step &step = smem.steps[is_outer];
+        if (is_outer) {
+            next.inner = walk.inner_turns;
+            if constexpr (kModified)
+                smem.modified.rules[turn / of_head % 3] = MmaScoreRule(forward, seq, b, h_kv * group + turn / of_head);
+        }
+        next.q += step.q_bytes, next.d_o += step.d_o_bytes, next.lse += step.lse;
+        next.m0 += step.m0, next.sum0 += step.sum0;
+        complete(next, walk);
+        turn_at(turn) = next;
     };
-    using KeyCopy = TileCopy<T::kThreads, decltype(smem.k)>;
     using QueryCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.q[0])>>;
     const auto copy_q = [&](const typename T::Turn &turn) {
         return QueryCopy(turn.q, forward.q.stride_l, forward.head_dim, 0, len_q - turn.m0);
@@ -179,16 +199,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const auto copy_d_o = [&](const typename T::Turn &turn) {
         return QueryCopy(turn.d_o, args.d_o.stride_l, forward.head_dim_v, 0, len_q - turn.m0);
     };
+    const int64_t to_correction = static_cast<float *>(plan.correction) - static_cast<float *>(plan.lse);
+    const int64_t to_delta = static_cast<float *>(plan.delta) - static_cast<float *>(plan.lse);
     const auto copy_row_values = [&](const typename T::Turn &turn, int stage) {
         const int i = threadIdx.x % T::kBlockM; // zeros beyond the end, as in Q and dO
         if (threadIdx.x < T::kBlockM) {
             const bool is_row = turn.m0 + i < len_q;
             cp_async_4(&smem.lse[stage][i], turn.lse + i, is_row && (kFloat || !is_far));
-            if (kFloat || is_far) cp_async_4(&smem.correction[stage][i], turn.correction + i, is_row);
+            if (kFloat || is_far) cp_async_4(&smem.correction[stage][i], turn.lse + to_correction + i, is_row);
             if (!kFloat && is_far) cp_async_4(&smem.far_lse[stage][i], turn.lse + i, is_row);
         } else if (threadIdx.x < 2 * T::kBlockM) {
-            cp_async_4(&smem.delta[stage][i], turn.delta + i, turn.m0 + i < len_q);
+            cp_async_4(&smem.delta[stage][i], turn.lse + to_delta + i, turn.m0 + i < len_q);
         }
+    };
+
+    // After a barrier that all warps came to since they added.
+    const auto tell_added = [&](int turn_index) {
+        const typename T::Turn &turn = turn_at(turn_index);
+        if (threadIdx.x == T::kThreads / 2) raise_release(dq.turns + turn.sum, turn.before + 1);
     };
 
     // dQ' += dS K of a turn, after the keys before these.
@@ -198,9 +226,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             M::place_a_transposed(smem.ds[turn_index % 2], 0, query_warp * T::kQueryTiles * M::kColumnsIn16);
         const auto place_k = M::place_b_transposed(
             smem.k, 0, column_warp * (kFloat ? T::kColumnTiles * M::kColumnsIn16 : M::kColumnsIn16));
-        const int before = smem.turns[turn_index % 5].before;
-        const int32_t *counter = smem.turns[turn_index % 5].added;
-        float *sums = smem.turns[turn_index % 5].sums + (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
+        const typename T::Turn &turn = turn_at(turn_index);
+        const int before = turn.before;
+        const int32_t *counter = dq.turns + turn.sum;
+        float *sums = dq.sums + static_cast<int64_t>(turn.sum) * (T::kBlockM * T::kDim) +
+                      (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
         int added = before > 0 ? load_relaxed(counter) : 0; // asked for ahead
         float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
         if constexpr (kFloat) {
@@ -232,32 +262,31 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             }
         }
+        // By a key warp, here, where the fence finds the reductions of the turn before done.
+        if (!makes_dv && turn_index > 0) tell_added(turn_index - 1);
+        const auto each = [&](const auto &body) {
+#pragma unroll
+            for (int i = 0; i < T::kQueryTiles; ++i)
+#pragma unroll
+                for (int j = 0; j < 2 * T::kColumnTiles; ++j)
+                    body(sums + (i * 2 * T::kColumnTiles + j) * 32 * 4, acc[i][j]);
+        };
+        if (before == 0) {
+            each([](float *at, const float (&x)[4]) {
+                *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
+            });
+            return;
+        }
         while (added < before) added = load_relaxed(counter); // the blocks before have added theirs
-#pragma unroll
-        for (int i = 0; i < T::kQueryTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
-                float *at = sums + (i * 2 * T::kColumnTiles + j) * 32 * 4;
-                const float (&x)[4] = acc[i][j];
-                if (before > 0)
-                    reduce_add_4(at, x[0], x[1], x[2], x[3]);
-                else
-                    *reinterpret_cast<float4 *>(at) = make_float4(x[0], x[1], x[2], x[3]);
-            }
+        each([](float *at, const float (&x)[4]) { reduce_add_4(at, x[0], x[1], x[2], x[3]); });
     };
-    // After a barrier that all warps came to since they added.
-    const auto tell_added = [&](int turn_index) {
-        const typename T::Turn &turn = smem.turns[turn_index % 5];
-        if (threadIdx.x == 0) raise_release(turn.added, turn.before + 1);
-    };
-
     // After a barrier that all warps came to since the head's last turn.
     const auto store_slopes = [&](int head_index) {
         if constexpr (kModified) {
             if (!plan.slope_sums || threadIdx.x != 0) return;
             double sum = 0;
             for (int w = T::kWarps / 2; w < T::kWarps; ++w) sum += smem.modified.slopes[head_index % 2][w];
-            plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * n_blocks +
+            plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * order.n_blocks +
                             n_block] = sum;
         }
     };
@@ -265,30 +294,53 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     double slope_total = 0;              // of a head, in a key warp: this thread's dS |i + offset - j|
     float acc[kMTiles][kOTiles][4] = {}; // dV of a value warp, dK of a key warp
 
-    KeyCopy(head_of(forward.k, h_kv, seq.row_k), forward.k.stride_l, forward.head_dim, key0, len_k).all(smem.k);
-    KeyCopy(head_of(forward.v, h_kv, seq.row_k), forward.v.stride_l, forward.head_dim_v, key0, len_k).all(smem.v);
-    cp_async_commit();
-
-    if (threadIdx.x == T::kThreads - 32) describe(0), describe(1);
-    __syncthreads(); // the first turns are described
     if (turns > 0) {
-        const typename T::Turn &first = smem.turns[0];
+        const int h = h_kv * group;
+        typename T::Turn first;
+        first.q = head_of(forward.q, h, seq.row_q + row_last);
+        first.d_o = head_of(args.d_o, h, seq.row_q + row_last);
+        first.lse = row_values<float>(forward, seq, plan, b, h).lse + row_last;
+        first.m0 = row_last;
         copy_q(first).all(smem.q[0]);
         copy_d_o(first).all(smem.d_o[0], plan.has_blind_rows ? first.lse : nullptr);
         copy_row_values(first, 0);
+        if (keeps_turns) {
+            const auto step = [&](int heads, int blocks) -> typename T::Step {
+                const int rows = -blocks * T::kBlockM;
+                const int64_t of_head = forward.cu_seqlens_q ? forward.total_q : forward.seqlen_q;
+                return {(heads * forward.q.stride_h + rows * forward.q.stride_l) * int64_t(sizeof(Element)),
+                        (heads * args.d_o.stride_h + rows * args.d_o.stride_l) * int64_t(sizeof(Element)),
+                        heads * of_head + rows, rows, static_cast<int>(heads * dq.blocks - blocks) * dq.chains};
+            };
+            const int64_t left = forward.window_left < 0 ? len_k : fa_min(forward.window_left, len_k);
+            const bool has_all = key0 + T::kBlockN <= len_k;
+            smem.steps[0] = kModified ? step(0, 1) : step(1, 0);
+            smem.steps[1] = kModified ? step(1, 1 - of_head) : step(1 - group, 1);
+            smem.walk = {kModified ? of_head : group, static_cast<int>(see_last.lo),
+                         has_all ? static_cast<int>(see_first.hi) : 0, len_k - len_q - static_cast<int>(left)};
+            first.sum0 = static_cast<int>(h * dq.blocks + first_query_block<T::kBlockM>(forward, seq, b) +
+                                          row_last / T::kBlockM) *
+                         dq.chains;
+            first.inner = smem.walk.inner_turns;
+            complete(first, smem.walk);
+            turn_at(0) = first;
+            if constexpr (kModified) smem.modified.rules[0] = MmaScoreRule(forward, seq, b, h);
+        }
     }
     for (int turn = 0; turn < turns; ++turn) {
         const int stage = turn % 2;
+        if (keeps_turns) describe(turn + 1); // ahead of the barrier: after it, others would wait for its warp
         cp_async_commit();
         cp_async_wait<0>();
-        __syncthreads(); // Q and dO are there; those of the turn before were read, its dS is there, and dQ' of the one before that
-        if (turn >= 2) tell_added(turn - 2);
+        // Q and dO are there, the next turn is described; those of the turn before were read, its dS is there, and dQ' of
+        // the one before that.
+        __syncthreads();
         if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
-        if (threadIdx.x == T::kThreads - 32) describe(turn + 2);
-        // The next turn's; where there is none, this one's again.
-        const int now_m0 = smem.turns[turn % 5].m0;
-        const bool is_whole = smem.turns[turn % 5].is_whole;
-        const typename T::Turn next = smem.turns[min(turn + 1, turns - 1) % 5];
+        // The next turn's; where there is none, this one's again. Rules leave no registers for a copy.
+        const int now_m0 = turn_at(turn).m0;
+        const bool is_whole = turn_at(turn).is_whole;
+        using Next = std::conditional_t<kModified, const typename T::Turn &, const typename T::Turn>;
+        Next next = turn_at(min(turn + 1, turns - 1));
         copy_row_values(next, stage ^ 1);
         QueryCopy next_q = copy_q(next);
         if (!makes_dv && turn > 0) add_to_dq(turn - 1);
@@ -645,7 +697,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     cp_async_commit();
     cp_async_wait<0>(); // no copy outlives its block
     __syncthreads();    // dS of the last turn is there, V was read
-    if (turns > 1) tell_added(turns - 2);
     if (turns > 0) store_slopes(group - 1), add_to_dq(turns - 1);
     __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
     if (turns > 0) tell_added(turns - 1);
@@ -913,8 +964,11 @@ static fa_status launch(const fa_backward_args *args) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
-    const BackwardOrder order = {
-        static_cast<int>(fa_clamp(fa_ceil_div(sms * T::kBlocksPerSm, fa_max(n_blocks, 1)), 1, fa_max(heads, 1)))};
+    const int64_t of_head = fa_clamp(n_blocks, 1, 4), most = fa_ceil_div(sms * T::kBlocksPerSm, of_head);
+    const int64_t section = fa_ceil_div(heads, fa_max(fa_ceil_div(heads, most), 1)); // alike
+    const BackwardOrder order = {static_cast<unsigned>(section), static_cast<unsigned>(n_blocks),
+                                 static_cast<int>(heads), static_cast<int>(forward->heads_kv),
+                                 static_cast<int>(forward->heads_q / fa_max(forward->heads_kv, 1))};
     FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>, n_blocks * heads, T::kThreads,
                        sizeof(typename T::template Smem<kModified>), stream, *args, plan, dq, order));
     FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
