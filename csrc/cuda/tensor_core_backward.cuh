@@ -71,7 +71,6 @@ struct BackwardTile {
     static constexpr int kQueryWarps = kBlockM / (16 * kQueryTiles), kColumnWarps = kWarps / kQueryWarps;
     static constexpr int kColumnTiles = kDim / 16 / kColumnWarps; // of 16
     static_assert(kColumnTiles * 16 * kColumnWarps == kDim && kQueryWarps * kColumnWarps == kWarps);
-    static constexpr int kPartners = 64 * kHalves; // threads that share keys
     struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
         std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
     };
@@ -339,7 +338,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
         const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
         auto &p_fragments = smem.p[key_warp][half];
-        const int barrier = 1 + key_warp;
+        // Barriers of two warps: of the pair, of the value warps that share keys, of their key warps.
+        const int pair_barrier = 1 + key_warp * T::kHalves + half;
+        const int partner_barrier = 1 + T::kKeyWarps * (T::kHalves + !makes_dv) + key_warp;
         if (makes_dv) {
             const int thread_query = now_m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
             float natural = scale; // a score of 1
@@ -418,7 +419,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             p_fragments.x[n][i][side][lane] = make_float4(sent[0], sent[1], sent[2], sent[3]);
                         }
                     }
-                barrier_wait(barrier, T::kPartners); // P^T is there
+                barrier_wait(pair_barrier, 64); // P^T is there
                 const auto place_b = M::place_b_transposed(smem.d_o[stage]);
 #pragma unroll
                 for (int n = 0; n < T::kBlockM / 16; ++n) {
@@ -460,7 +461,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         }
                     }
                 }
-                barrier_wait(barrier, T::kPartners); // P^T is there
+                barrier_wait(pair_barrier, 64); // P^T is there
+                if (T::kHalves == 2) barrier_wait(partner_barrier, 64); // that of the other half, too
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
                 if constexpr (T::kHalves == 1) {
 #pragma unroll
@@ -504,7 +506,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
             if (turn > 0) add_to_dq(turn - 1);
         } else {
-            barrier_wait(barrier, T::kPartners); // P^T is there
+            barrier_wait(pair_barrier, 64); // P^T is there
             bool caps = false, wants_slopes = false;
             float slope_sum = 0, distance0 = 0;
             if constexpr (kModified) {
@@ -617,7 +619,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             } else {
                 const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
                 const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
-                if (T::kHalves == 2) barrier_wait(1 + T::kKeyWarps + key_warp, 64); // dS^T of both pairs is there
+                if (T::kHalves == 2) barrier_wait(partner_barrier, 64); // dS^T of both pairs is there
 #pragma unroll
                 for (int n = 0; n < T::kBlockM / 16; ++n) {
                     typename M::A a[kMTiles];
