@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             p_fragments.x[n][i][side][lane] = make_float4(sent[0], sent[1], sent[2], sent[3]);
                         }
                     }
-                barrier_wait(pair_barrier, 64); // P^T is there
+                barrier_arrive(pair_barrier, 64); // P^T is there
                 const auto place_b = M::place_b_transposed(smem.d_o[stage]);
 #pragma unroll
                 for (int n = 0; n < T::kBlockM / 16; ++n) {
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         }
                     }
                 }
-                barrier_wait(pair_barrier, 64); // P^T is there
+                barrier_arrive(pair_barrier, 64); // P^T is there
                 if (T::kHalves == 2) barrier_wait(partner_barrier, 64); // that of the other half, too
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
                 if constexpr (T::kHalves == 1) {
