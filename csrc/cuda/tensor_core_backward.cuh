@@ -430,18 +430,27 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             } else {
                 const float unit = natural * kLog2E;
-                typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+                constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
+                typename M::A p[kMTiles][kSteps][1];
+                float2 lse[2][2]; // loaded a step ahead
+                const auto load_lse = [&](int n) {
 #pragma unroll
-                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                    for (int side = 0; side < 2; ++side)
+                        lse[n % 2][side] =
+                            *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 16 * n + 8 * side]);
+                };
+                const auto make_p = [&](int n) {
+                    if (n + 1 < kSteps) load_lse(n + 1);
 #pragma unroll
-                    for (int j = 2 * n; j < 2 * n + 2; ++j) {
-                        const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
-                        const float shift[2] = {lse.x * kLog2E, lse.y * kLog2E};
+                    for (int side = 0; side < 2; ++side) {
+                        const float shift[2] = {lse[n % 2][side].x * kLog2E, lse[n % 2][side].y * kLog2E};
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                            for (int entry = 0; entry < 4; ++entry)
-                                acc_s[i][j][entry] = ex2_approx(fmaf(acc_s[i][j][entry], unit, -shift[entry % 2]));
+                            for (int entry = 0; entry < 4; ++entry) {
+                                float &s = acc_s[i][2 * n + side][entry];
+                                s = ex2_approx(fmaf(s, unit, -shift[entry % 2]));
+                            }
                     }
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i) {
@@ -460,25 +469,36 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             }
                         }
                     }
-                }
-                barrier_arrive(pair_barrier, 64); // P^T is there
-                if (T::kHalves == 2) barrier_wait(partner_barrier, 64); // that of the other half, too
+                };
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
-                if constexpr (T::kHalves == 1) {
+                load_lse(0);
+                make_p(0);
+                if constexpr (T::kHalves == 1) { // exponentials run beside the products of the step before
 #pragma unroll
-                    for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    for (int n = 0; n < kSteps; ++n) {
+                        typename M::B d_o[T::kDim / 16][2]; // the first ones are read before P is written
+                        const auto load_d_o = [&](int begin, int end) {
 #pragma unroll
-                        for (int d = 0; d < T::kWarpDim; d += 16) {
-                            typename M::B d_o[2];
-                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
+                            for (int d = begin; d < end; d += 16) M::load_b_transposed(d_o[d / 16], place_b, 16 * n, d);
+                        };
+                        constexpr int kFirst = T::kDim < 96 ? T::kDim : 96; // registers for more are not left
+                        load_d_o(0, kFirst);
+                        if (n + 1 < kSteps) make_p(n + 1);
+                        if (n + 2 == kSteps) barrier_arrive(pair_barrier, 64); // P^T is there
+                        load_d_o(kFirst, T::kDim);
+#pragma unroll
+                        for (int d = 0; d < T::kDim; d += 16)
 #pragma unroll
                             for (int i = 0; i < kMTiles; ++i) {
-                                M::multiply(acc[i][d / 8], p[i][n][0], d_o[0]);
-                                M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[1]);
+                                M::multiply(acc[i][d / 8], p[i][n][0], d_o[d / 16][0]);
+                                M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[d / 16][1]);
                             }
-                        }
                     }
                 } else {
+#pragma unroll
+                    for (int n = 1; n < kSteps; ++n) make_p(n);
+                    barrier_arrive(pair_barrier, 64);  // P^T is there
+                    barrier_wait(partner_barrier, 64); // that of the other half, too
 #pragma unroll
                     for (int n = 0; n < T::kBlockM / 16; ++n) {
                         typename M::A a[kMTiles];
