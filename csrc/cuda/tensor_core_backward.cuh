@@ -336,6 +336,28 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
         copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
 
+        // acc += A's queries 16 n to 16 n + 15 times those of B. The tensor cores are at it while the warp does what is
+        // beside: the first fragments of B are read before beside() stores.
+        const auto add_beside = [&](const auto &place_b, int n, const auto &a, const auto &beside) {
+            if constexpr (!kFloat) {
+                typename M::B b[T::kDim / 16][2];
+                const auto load = [&](int begin, int end) {
+#pragma unroll
+                    for (int d = begin; d < end; d += 16) M::load_b_transposed(b[d / 16], place_b, 16 * n, d);
+                };
+                constexpr int kFirst = kModified ? 0 : T::kDim < 96 ? T::kDim : 96; // as registers are left
+                load(0, kFirst);
+                beside();
+                load(kFirst, T::kDim);
+#pragma unroll
+                for (int d = 0; d < T::kDim; d += 16)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) M::multiply(acc[i][d / 8 + j], a[i][n][0], b[d / 16][j]);
+            }
+        };
+
         const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
         auto &p_fragments = smem.p[key_warp][half];
         // Barriers of two warps: of the pair, of the value warps that share keys, of their key warps.
@@ -473,27 +495,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
                 load_lse(0);
                 make_p(0);
-                if constexpr (T::kHalves == 1) { // exponentials run beside the products of the step before
+                if constexpr (T::kHalves == 1) {
 #pragma unroll
-                    for (int n = 0; n < kSteps; ++n) {
-                        typename M::B d_o[T::kDim / 16][2]; // the first ones are read before P is written
-                        const auto load_d_o = [&](int begin, int end) {
-#pragma unroll
-                            for (int d = begin; d < end; d += 16) M::load_b_transposed(d_o[d / 16], place_b, 16 * n, d);
-                        };
-                        constexpr int kFirst = T::kDim < 96 ? T::kDim : 96; // registers for more are not left
-                        load_d_o(0, kFirst);
-                        if (n + 1 < kSteps) make_p(n + 1);
-                        if (n + 2 == kSteps) barrier_arrive(pair_barrier, 64); // P^T is there
-                        load_d_o(kFirst, T::kDim);
-#pragma unroll
-                        for (int d = 0; d < T::kDim; d += 16)
-#pragma unroll
-                            for (int i = 0; i < kMTiles; ++i) {
-                                M::multiply(acc[i][d / 8], p[i][n][0], d_o[d / 16][0]);
-                                M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[d / 16][1]);
-                            }
-                    }
+                    for (int n = 0; n < kSteps; ++n)
+                        add_beside(place_b, n, p, [&] {
+                            if (n + 1 < kSteps) make_p(n + 1);
+                            if (n + 2 == kSteps) barrier_arrive(pair_barrier, 64); // P^T is there
+                        });
                 } else {
 #pragma unroll
                     for (int n = 1; n < kSteps; ++n) make_p(n);
@@ -534,8 +542,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 distance0 =
                     static_cast<float>(now_m0 + pair_row + (len_k - len_q) - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
-            const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
-            typename M::A ds[kFloat ? 1 : kMTiles][kFloat ? 1 : T::kWarpQueries / 16][16 / M::kDepth]; // of 16 bits
+            LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
+            place_store.address += kFloat ? lane % 2 * 8 : lane % 4 * 4;
             if constexpr (kFloat) {
 #pragma unroll
                 for (int n = 0; n < T::kWarpQueries / 16; ++n)
@@ -566,19 +574,32 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             }
 #pragma unroll
                             for (int upper = 0; upper < 2; ++upper)
-                                store_shared_2(place_store.at(16 * i + 8 * upper, 4 * n + 2 * side) + lane % 2 * 8,
+                                store_shared_2(place_store.at(16 * i + 8 * upper, 4 * n + 2 * side),
                                                __float_as_uint(dp[2 * upper]), __float_as_uint(dp[2 * upper + 1]));
                         }
                     }
-            } else {
+                const auto place_b = M::place_b_transposed(smem.q[stage]);
 #pragma unroll
-                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles][2];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    add_product(acc, a, place_b, 16 * n);
+                }
+            } else {
+                constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
+                typename M::A ds[kMTiles][kSteps][1];
+                uint4 p[2]; // of 16 keys, loaded a step ahead
+                const auto make_ds = [&](int n) {
                     const float2 left = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n]);
                     const float2 right = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8]);
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i) {
-                        const uint4 p = p_fragments.x[n][i][0][lane];
-                        const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+                        const int step = n * kMTiles + i, next = step + 1;
+                        if (step == 0) p[0] = p_fragments.x[0][0][0][lane];
+                        if (next < kSteps * kMTiles)
+                            p[next % 2] = p_fragments.x[next / kMTiles][next % kMTiles][0][lane];
+                        const uint32_t words[4] = {p[step % 2].x, p[step % 2].y, p[step % 2].z, p[step % 2].w};
                         uint4 cap = make_uint4(0, 0, 0, 0);
                         if constexpr (kModified)
                             if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][0][lane];
@@ -611,9 +632,38 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                         for (int word = 0; word < 4; ++word)
                             store_shared(
-                                place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2) +
-                                    lane % 4 * 4,
+                                place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2),
                                 ds[i][n][0].x[word]);
+                    }
+                };
+                const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
+                make_ds(0);
+                if constexpr (T::kHalves == 1) {
+#pragma unroll
+                    for (int n = 0; n < kSteps; ++n)
+                        add_beside(place_b, n, ds, [&] {
+                            if (n + 1 < kSteps) make_ds(n + 1);
+                        });
+                } else {
+#pragma unroll
+                    for (int n = 1; n < kSteps; ++n) make_ds(n);
+                    const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
+                    barrier_wait(partner_barrier, 64); // dS^T of both pairs is there
+#pragma unroll
+                    for (int n = 0; n < T::kBlockM / 16; ++n) {
+                        typename M::A a[kMTiles];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[i], place_ds, 16 * i, 16 * n);
+#pragma unroll
+                        for (int d = 0; d < T::kWarpDim; d += 16) {
+                            typename M::B q[2];
+                            M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i) {
+                                M::multiply(acc[i][d / 8], a[i], q[0]);
+                                M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
+                            }
+                        }
                     }
                 }
             }
@@ -624,41 +674,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         for (int step = 16; step > 0; step /= 2) slope_total += __shfl_xor_sync(~0u, slope_total, step);
                         if (lane == 0) smem.modified.slopes[turn / of_head % 2][warp] = slope_total;
                         slope_total = 0;
-                    }
-                }
-            }
-            if constexpr (kFloat) {
-                const auto place_b = M::place_b_transposed(smem.q[stage]);
-#pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A a[kMTiles][2];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
-                    add_product(acc, a, place_b, 16 * n);
-                }
-            } else {
-                const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
-                const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
-                if (T::kHalves == 2) barrier_wait(partner_barrier, 64); // dS^T of both pairs is there
-#pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A a[kMTiles];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) {
-                        if constexpr (T::kHalves == 1)
-                            a[i] = ds[i][n][0];
-                        else
-                            M::load_a(a[i], place_ds, 16 * i, 16 * n);
-                    }
-#pragma unroll
-                    for (int d = 0; d < T::kWarpDim; d += 16) {
-                        typename M::B q[2];
-                        M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
-#pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) {
-                            M::multiply(acc[i][d / 8], a[i], q[0]);
-                            M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
-                        }
                     }
                 }
             }
