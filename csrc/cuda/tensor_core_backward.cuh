@@ -311,17 +311,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
                 typename M::A a[2][kMTiles];
                 typename M::B queries[2][2];
-                const auto load_step = [&](int step) {
+                const auto load_a = [&](int step) {
                     const int d = step / kQuerySteps * M::kDepth;
-                    if (step % kQuerySteps == 0)
 #pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                    for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                };
+                const auto load_b = [&](int step) {
+                    const int d = step / kQuerySteps * M::kDepth;
                     M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
                 };
-                if (kAhead) load_step(0);
+                load_b(0);
+                if (kAhead) load_a(0);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    if (step + kAhead < kSteps) load_step(step + kAhead);
+                    if ((step + kAhead) % kQuerySteps == 0 && step + kAhead < kSteps) load_a(step + kAhead);
+                    if (step + 1 < kSteps) load_b(step + 1);
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
