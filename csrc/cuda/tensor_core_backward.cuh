@@ -364,9 +364,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
         const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
         auto &p_fragments = smem.p[key_warp][half];
-        // Barriers of two warps: of the pair, of the value warps that share keys, of their key warps.
-        const int pair_barrier = 1 + key_warp * T::kHalves + half;
-        const int partner_barrier = 1 + T::kKeyWarps * (T::kHalves + !makes_dv) + key_warp;
+        // Barriers of two warps: two of the pair, one of the value warps that share keys, one of their key warps. P^T goes
+        // to the pair in two parts: dS^T of the first begins before the second is made.
+        const int pair_barrier = 1 + 2 * (key_warp * T::kHalves + half);
+        const int partner_barrier = 1 + T::kKeyWarps * (2 * T::kHalves + !makes_dv) + key_warp;
+        constexpr int kPartQueries = kFloat || T::kWarpQueries < 32 ? T::kWarpQueries : T::kWarpQueries / 2;
         if (makes_dv) {
             const int thread_query = now_m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
             float natural = scale; // a score of 1
@@ -495,6 +497,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             }
                         }
                     }
+                    if (16 * (n + 1) % kPartQueries == 0) // a part of P^T is there
+                        barrier_arrive(pair_barrier + 16 * n / kPartQueries, 64);
                 };
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
                 load_lse(0);
@@ -504,13 +508,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int n = 0; n < kSteps; ++n)
                         add_beside(place_b, n, p, [&] {
                             if (n + 1 < kSteps) make_p(n + 1);
-                            if (n + 2 == kSteps) barrier_arrive(pair_barrier, 64); // P^T is there
                         });
                 } else {
 #pragma unroll
                     for (int n = 1; n < kSteps; ++n) make_p(n);
-                    barrier_arrive(pair_barrier, 64);  // P^T is there
-                    barrier_wait(partner_barrier, 64); // that of the other half, too
+                    barrier_wait(partner_barrier, 64); // P^T of both pairs is there
 #pragma unroll
                     for (int n = 0; n < T::kBlockM / 16; ++n) {
                         typename M::A a[kMTiles];
@@ -538,7 +540,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
             if (turn > 0) add_to_dq(turn - 1);
         } else {
-            barrier_wait(pair_barrier, 64); // P^T is there
+            barrier_wait(pair_barrier, 64); // P^T is there, or the first part
             bool caps = false, wants_slopes = false;
             float slope_sum = 0, distance0 = 0;
             if constexpr (kModified) {
@@ -601,6 +603,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int i = 0; i < kMTiles; ++i) {
                         const int step = n * kMTiles + i, next = step + 1;
                         if (step == 0) p[0] = p_fragments.x[0][0][0][lane];
+                        if (next % kMTiles == 0 && 16 * next / kMTiles == kPartQueries && next < kSteps * kMTiles)
+                            barrier_wait(pair_barrier + 1, 64); // the second part is there
                         if (next < kSteps * kMTiles)
                             p[next % 2] = p_fragments.x[next / kMTiles][next % kMTiles][0][lane];
                         const uint32_t words[4] = {p[step % 2].x, p[step % 2].y, p[step % 2].z, p[step % 2].w};
