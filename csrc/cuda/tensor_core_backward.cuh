@@ -340,6 +340,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
         copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
 
+        const bool wants_slopes = kModified && plan.slope_sums != nullptr;
+        const auto place_of_ds = [&] { // of the warp's keys: where a lane stores dS^T
+            LanePlace place(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
+            place.address += kFloat ? lane % 2 * 8 : lane % 4 * 4;
+            return place;
+        };
+        const auto ds_word = [&](const auto &place, int n, int i, int word) { // of an A
+            return place.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2);
+        };
         // acc += A's queries 16 n to 16 n + 15 times those of B. The tensor cores are at it while the warp does what is
         // beside: the first fragments of B are read before beside() stores.
         const auto add_beside = [&](const auto &place_b, int n, const auto &a, const auto &beside) {
@@ -461,6 +470,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
                 typename M::A p[kMTiles][kSteps][1];
                 float2 lse[2][2]; // loaded a step ahead
+                const auto place_rest = place_of_ds();
                 const auto load_lse = [&](int n) {
 #pragma unroll
                     for (int side = 0; side < 2; ++side)
@@ -486,6 +496,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         uint4 &to_pair = p_fragments.x[n][i][0][lane];
                         to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
                         if constexpr (kModified) {
+                            if (wants_slopes) // what rounding took from P, where dS^T will stand
+#pragma unroll
+                                for (int word = 0; word < 4; ++word) {
+                                    const float2 rounded = unpack(p[i][n][0].x[word], kDtype<Element>);
+                                    const float *exact = &acc_s[i][2 * n + word / 2][word % 2 * 2];
+                                    store_shared(ds_word(place_rest, n, i, word),
+                                                 M::round_pair(exact[0] - rounded.x, exact[1] - rounded.y));
+                                }
                             if (drops) { // the key warp knows by the sign
                                 uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
 #pragma unroll
@@ -541,15 +559,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if (turn > 0) add_to_dq(turn - 1);
         } else {
             barrier_wait(pair_barrier, 64); // P^T is there, or the first part
-            bool caps = false, wants_slopes = false;
+            bool caps = false;
             float slope_sum = 0, distance0 = 0;
             if constexpr (kModified) {
-                caps = forward.softcap > 0, wants_slopes = plan.slope_sums != nullptr;
+                caps = forward.softcap > 0;
                 distance0 =
                     static_cast<float>(now_m0 + pair_row + (len_k - len_q) - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
-            LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
-            place_store.address += kFloat ? lane % 2 * 8 : lane % 4 * 4;
+            const auto place_store = place_of_ds();
             if constexpr (kFloat) {
 #pragma unroll
                 for (int n = 0; n < T::kWarpQueries / 16; ++n)
@@ -622,14 +639,19 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
                                 pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
                             }
-                            dp0 = pair.x * (dp0 - delta.x);
-                            dp1 = pair.y * (dp1 - delta.y);
+                            dp0 -= delta.x, dp1 -= delta.y;
                             if constexpr (kModified) {
-                                if (wants_slopes) {
+                                if (wants_slopes) { // of P unrounded: dS of a row cancels, whatever the distance
+                                    const float2 rest =
+                                        unpack(load_shared(ds_word(place_store, n, i, word)), kDtype<Element>);
                                     const float distance =
                                         distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
-                                    slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
+                                    slope_sum += (pair.x + rest.x) * dp0 * fabsf(distance) +
+                                                 (pair.y + rest.y) * dp1 * fabsf(distance + 1);
                                 }
+                            }
+                            dp0 *= pair.x, dp1 *= pair.y;
+                            if constexpr (kModified) {
                                 if (caps) {
                                     const float2 slope = unpack(cap_words[word], kDtype<Element>);
                                     dp0 *= slope.x, dp1 *= slope.y;
@@ -639,9 +661,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
 #pragma unroll
                         for (int word = 0; word < 4; ++word)
-                            store_shared(
-                                place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2),
-                                ds[i][n][0].x[word]);
+                            store_shared(ds_word(place_store, n, i, word), ds[i][n][0].x[word]);
                     }
                 };
                 const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
