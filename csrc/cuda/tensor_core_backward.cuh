@@ -72,7 +72,6 @@ struct BackwardTile {
     static constexpr int kQueryWarps = kBlockM / (16 * kQueryTiles), kColumnWarps = kWarps / kQueryWarps;
     static constexpr int kColumnTiles = kDim / 16 / kColumnWarps; // of 16
     static_assert(kColumnTiles * 16 * kColumnWarps == kDim && kQueryWarps * kColumnWarps == kWarps);
-    static constexpr int kPartners = 64 * kHalves; // threads that share keys
     struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
         std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
     };
@@ -364,17 +363,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
                 typename M::A a[2][kMTiles];
                 typename M::B queries[2][2];
-                const auto load_step = [&](int step) {
+                const auto load_a = [&](int step) {
                     const int d = step / kQuerySteps * M::kDepth;
-                    if (step % kQuerySteps == 0)
 #pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                    for (int i = 0; i < kMTiles; ++i) M::load_a(a[step / kQuerySteps % 2][i], place_a, 16 * i, d);
+                };
+                const auto load_b = [&](int step) {
+                    const int d = step / kQuerySteps * M::kDepth;
                     M::load_b(queries[step % 2], place_b, d, step % kQuerySteps * 16);
                 };
-                if (kAhead) load_step(0);
+                load_b(0);
+                if (kAhead) load_a(0);
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    if (step + kAhead < kSteps) load_step(step + kAhead);
+                    if ((step + kAhead) % kQuerySteps == 0 && step + kAhead < kSteps) load_a(step + kAhead);
+                    if (step + 1 < kSteps) load_b(step + 1);
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -389,9 +392,44 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
         copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
 
+        const bool wants_slopes = kModified && plan.slope_sums != nullptr;
+        const auto place_of_ds = [&] { // of the warp's keys: where a lane stores dS^T
+            LanePlace place(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
+            place.address += kFloat ? lane % 2 * 8 : lane % 4 * 4;
+            return place;
+        };
+        const auto ds_word = [&](const auto &place, int n, int i, int word) { // of an A
+            return place.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2);
+        };
+        // acc += A's queries 16 n to 16 n + 15 times those of B. The tensor cores are at it while the warp does what is
+        // beside: the first fragments of B are read before beside() stores.
+        const auto add_beside = [&](const auto &place_b, int n, const auto &a, const auto &beside) {
+            if constexpr (!kFloat) {
+                typename M::B b[T::kDim / 16][2];
+                const auto load = [&](int begin, int end) {
+#pragma unroll
+                    for (int d = begin; d < end; d += 16) M::load_b_transposed(b[d / 16], place_b, 16 * n, d);
+                };
+                constexpr int kFirst = kModified ? 0 : T::kDim < 96 ? T::kDim : 96; // as registers are left
+                load(0, kFirst);
+                beside();
+                load(kFirst, T::kDim);
+#pragma unroll
+                for (int d = 0; d < T::kDim; d += 16)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) M::multiply(acc[i][d / 8 + j], a[i][n][0], b[d / 16][j]);
+            }
+        };
+
         const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
         auto &p_fragments = smem.p[key_warp][half];
-        const int barrier = 1 + key_warp;
+        // Barriers of two warps: two of the pair, one of the value warps that share keys, one of their key warps. P^T goes
+        // to the pair in two parts: dS^T of the first begins before the second is made.
+        const int pair_barrier = 1 + 2 * (key_warp * T::kHalves + half);
+        const int partner_barrier = 1 + T::kKeyWarps * (2 * T::kHalves + !makes_dv) + key_warp;
+        constexpr int kPartQueries = kFloat || T::kWarpQueries < 32 ? T::kWarpQueries : T::kWarpQueries / 2;
         if (makes_dv) {
             const int thread_query = now_m0 + pair_row, thread_key = key0 + key_warp * T::kWarpKeys + lane / 4;
             float natural = scale; // a score of 1
@@ -470,7 +508,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             p_fragments.x[n][i][side][lane] = make_float4(sent[0], sent[1], sent[2], sent[3]);
                         }
                     }
-                barrier_wait(barrier, T::kPartners); // P^T is there
+                barrier_arrive(pair_barrier, 64); // P^T is there
                 const auto place_b = M::place_b_transposed(smem.d_o[stage]);
 #pragma unroll
                 for (int n = 0; n < T::kBlockM / 16; ++n) {
@@ -481,18 +519,28 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             } else {
                 const float unit = natural * kLog2E;
-                typename M::A p[kMTiles][T::kWarpQueries / 16][16 / M::kDepth];
+                constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
+                typename M::A p[kMTiles][kSteps][1];
+                float2 lse[2][2]; // loaded a step ahead
+                const auto place_rest = place_of_ds();
+                const auto load_lse = [&](int n) {
 #pragma unroll
-                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                    for (int side = 0; side < 2; ++side)
+                        lse[n % 2][side] =
+                            *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 16 * n + 8 * side]);
+                };
+                const auto make_p = [&](int n) {
+                    if (n + 1 < kSteps) load_lse(n + 1);
 #pragma unroll
-                    for (int j = 2 * n; j < 2 * n + 2; ++j) {
-                        const float2 lse = *reinterpret_cast<const float2 *>(&smem.lse[stage][pair_row + 8 * j]);
-                        const float shift[2] = {lse.x * kLog2E, lse.y * kLog2E};
+                    for (int side = 0; side < 2; ++side) {
+                        const float shift[2] = {lse[n % 2][side].x * kLog2E, lse[n % 2][side].y * kLog2E};
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-                            for (int entry = 0; entry < 4; ++entry)
-                                acc_s[i][j][entry] = ex2_approx(fmaf(acc_s[i][j][entry], unit, -shift[entry % 2]));
+                            for (int entry = 0; entry < 4; ++entry) {
+                                float &s = acc_s[i][2 * n + side][entry];
+                                s = ex2_approx(fmaf(s, unit, -shift[entry % 2]));
+                            }
                     }
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i) {
@@ -500,6 +548,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         uint4 &to_pair = p_fragments.x[n][i][0][lane];
                         to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
                         if constexpr (kModified) {
+                            if (wants_slopes) // what rounding took from P, where dS^T will stand
+#pragma unroll
+                                for (int word = 0; word < 4; ++word) {
+                                    const float2 rounded = unpack(p[i][n][0].x[word], kDtype<Element>);
+                                    const float *exact = &acc_s[i][2 * n + word / 2][word % 2 * 2];
+                                    store_shared(ds_word(place_rest, n, i, word),
+                                                 M::round_pair(exact[0] - rounded.x, exact[1] - rounded.y));
+                                }
                             if (drops) { // the key warp knows by the sign
                                 uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
 #pragma unroll
@@ -511,24 +567,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             }
                         }
                     }
-                }
-                barrier_wait(barrier, T::kPartners); // P^T is there
+                    if (16 * (n + 1) % kPartQueries == 0) // a part of P^T is there
+                        barrier_arrive(pair_barrier + 16 * n / kPartQueries, 64);
+                };
                 const auto place_b = M::place_b_transposed(smem.d_o[stage], 0, half * M::kColumnsIn16);
+                load_lse(0);
+                make_p(0);
                 if constexpr (T::kHalves == 1) {
 #pragma unroll
-                    for (int n = 0; n < T::kBlockM / 16; ++n) {
-#pragma unroll
-                        for (int d = 0; d < T::kWarpDim; d += 16) {
-                            typename M::B d_o[2];
-                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
-#pragma unroll
-                            for (int i = 0; i < kMTiles; ++i) {
-                                M::multiply(acc[i][d / 8], p[i][n][0], d_o[0]);
-                                M::multiply(acc[i][d / 8 + 1], p[i][n][0], d_o[1]);
-                            }
-                        }
-                    }
+                    for (int n = 0; n < kSteps; ++n)
+                        add_beside(place_b, n, p, [&] {
+                            if (n + 1 < kSteps) make_p(n + 1);
+                        });
                 } else {
+#pragma unroll
+                    for (int n = 1; n < kSteps; ++n) make_p(n);
+                    barrier_wait(partner_barrier, 64); // P^T of both pairs is there
 #pragma unroll
                     for (int n = 0; n < T::kBlockM / 16; ++n) {
                         typename M::A a[kMTiles];
@@ -556,16 +610,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
             if (turn > 0) add_to_dq(turn - 1);
         } else {
-            barrier_wait(barrier, T::kPartners); // P^T is there
-            bool caps = false, wants_slopes = false;
+            barrier_wait(pair_barrier, 64); // P^T is there, or the first part
+            bool caps = false;
             float slope_sum = 0, distance0 = 0;
             if constexpr (kModified) {
-                caps = forward.softcap > 0, wants_slopes = plan.slope_sums != nullptr;
+                caps = forward.softcap > 0;
                 distance0 =
                     static_cast<float>(now_m0 + pair_row + (len_k - len_q) - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
-            const LanePlace place_store(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
-            typename M::A ds[kFloat ? 1 : kMTiles][kFloat ? 1 : T::kWarpQueries / 16][16 / M::kDepth]; // of 16 bits
+            const auto place_store = place_of_ds();
             if constexpr (kFloat) {
 #pragma unroll
                 for (int n = 0; n < T::kWarpQueries / 16; ++n)
@@ -596,19 +649,34 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             }
 #pragma unroll
                             for (int upper = 0; upper < 2; ++upper)
-                                store_shared_2(place_store.at(16 * i + 8 * upper, 4 * n + 2 * side) + lane % 2 * 8,
+                                store_shared_2(place_store.at(16 * i + 8 * upper, 4 * n + 2 * side),
                                                __float_as_uint(dp[2 * upper]), __float_as_uint(dp[2 * upper + 1]));
                         }
                     }
-            } else {
+                const auto place_b = M::place_b_transposed(smem.q[stage]);
 #pragma unroll
-                for (int n = 0; n < T::kWarpQueries / 16; ++n) {
+                for (int n = 0; n < T::kBlockM / 16; ++n) {
+                    typename M::A a[kMTiles][2];
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                    add_product(acc, a, place_b, 16 * n);
+                }
+            } else {
+                constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
+                typename M::A ds[kMTiles][kSteps][1];
+                uint4 p[2]; // of 16 keys, loaded a step ahead
+                const auto make_ds = [&](int n) {
                     const float2 left = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n]);
                     const float2 right = *reinterpret_cast<const float2 *>(&smem.delta[stage][pair_row + 16 * n + 8]);
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i) {
-                        const uint4 p = p_fragments.x[n][i][0][lane];
-                        const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+                        const int step = n * kMTiles + i, next = step + 1;
+                        if (step == 0) p[0] = p_fragments.x[0][0][0][lane];
+                        if (next % kMTiles == 0 && 16 * next / kMTiles == kPartQueries && next < kSteps * kMTiles)
+                            barrier_wait(pair_barrier + 1, 64); // the second part is there
+                        if (next < kSteps * kMTiles)
+                            p[next % 2] = p_fragments.x[next / kMTiles][next % kMTiles][0][lane];
+                        const uint32_t words[4] = {p[step % 2].x, p[step % 2].y, p[step % 2].z, p[step % 2].w};
                         uint4 cap = make_uint4(0, 0, 0, 0);
                         if constexpr (kModified)
                             if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][0][lane];
@@ -623,14 +691,19 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
                                 pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
                             }
-                            dp0 = pair.x * (dp0 - delta.x);
-                            dp1 = pair.y * (dp1 - delta.y);
+                            dp0 -= delta.x, dp1 -= delta.y;
                             if constexpr (kModified) {
-                                if (wants_slopes) {
+                                if (wants_slopes) { // of P unrounded: dS of a row cancels, whatever the distance
+                                    const float2 rest =
+                                        unpack(load_shared(ds_word(place_store, n, i, word)), kDtype<Element>);
                                     const float distance =
                                         distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
-                                    slope_sum += dp0 * fabsf(distance) + dp1 * fabsf(distance + 1);
+                                    slope_sum += (pair.x + rest.x) * dp0 * fabsf(distance) +
+                                                 (pair.y + rest.y) * dp1 * fabsf(distance + 1);
                                 }
+                            }
+                            dp0 *= pair.x, dp1 *= pair.y;
+                            if constexpr (kModified) {
                                 if (caps) {
                                     const float2 slope = unpack(cap_words[word], kDtype<Element>);
                                     dp0 *= slope.x, dp1 *= slope.y;
@@ -640,10 +713,37 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::from_scores(ds[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
 #pragma unroll
                         for (int word = 0; word < 4; ++word)
-                            store_shared(
-                                place_store.at(16 * i + word % 2 * 8, half * T::kWarpQueries / 8 + 2 * n + word / 2) +
-                                    lane % 4 * 4,
-                                ds[i][n][0].x[word]);
+                            store_shared(ds_word(place_store, n, i, word), ds[i][n][0].x[word]);
+                    }
+                };
+                const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
+                make_ds(0);
+                if constexpr (T::kHalves == 1) {
+#pragma unroll
+                    for (int n = 0; n < kSteps; ++n)
+                        add_beside(place_b, n, ds, [&] {
+                            if (n + 1 < kSteps) make_ds(n + 1);
+                        });
+                } else {
+#pragma unroll
+                    for (int n = 1; n < kSteps; ++n) make_ds(n);
+                    const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
+                    barrier_wait(partner_barrier, 64); // dS^T of both pairs is there
+#pragma unroll
+                    for (int n = 0; n < T::kBlockM / 16; ++n) {
+                        typename M::A a[kMTiles];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[i], place_ds, 16 * i, 16 * n);
+#pragma unroll
+                        for (int d = 0; d < T::kWarpDim; d += 16) {
+                            typename M::B q[2];
+                            M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
+#pragma unroll
+                            for (int i = 0; i < kMTiles; ++i) {
+                                M::multiply(acc[i][d / 8], a[i], q[0]);
+                                M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
+                            }
+                        }
                     }
                 }
             }
@@ -654,41 +754,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         for (int step = 16; step > 0; step /= 2) slope_total += __shfl_xor_sync(~0u, slope_total, step);
                         if (lane == 0) smem.modified.slopes[turn / of_head % 2][warp] = slope_total;
                         slope_total = 0;
-                    }
-                }
-            }
-            if constexpr (kFloat) {
-                const auto place_b = M::place_b_transposed(smem.q[stage]);
-#pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A a[kMTiles][2];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
-                    add_product(acc, a, place_b, 16 * n);
-                }
-            } else {
-                const auto place_b = M::place_b_transposed(smem.q[stage], 0, half * M::kColumnsIn16);
-                const auto place_ds = M::place_a(smem.ds[stage], key_warp * T::kWarpKeys);
-                if (T::kHalves == 2) barrier_wait(1 + T::kKeyWarps + key_warp, 64); // dS^T of both pairs is there
-#pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A a[kMTiles];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) {
-                        if constexpr (T::kHalves == 1)
-                            a[i] = ds[i][n][0];
-                        else
-                            M::load_a(a[i], place_ds, 16 * i, 16 * n);
-                    }
-#pragma unroll
-                    for (int d = 0; d < T::kWarpDim; d += 16) {
-                        typename M::B q[2];
-                        M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
-#pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) {
-                            M::multiply(acc[i][d / 8], a[i], q[0]);
-                            M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
-                        }
                     }
                 }
             }

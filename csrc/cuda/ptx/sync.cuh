@@ -9,6 +9,10 @@
 __device__ __forceinline__ void barrier_wait(int id, int threads) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Comes to the barrier and goes on: only barrier_wait of others waits for what it did before.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // What others made of *p. A reduction that depends on it comes after theirs: both are done in the L2 cache.
 __device__ __forceinline__ int load_relaxed(const int *p) {
     int x;
