@@ -244,6 +244,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         return KeyCopy(head, t.stride_l, width, n0, key_end);
     };
     copy_of(args.k, k.data, args.head_dim, key_first).all(smem.k[0]);
+    copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
 
     // The keys that one of the warp's rows sees, and those that all of them do.
     const Span some = {__shfl_sync(~0u, asked_lo, 2), __shfl_sync(~0u, asked_hi, 3)};
@@ -282,115 +283,40 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
     const auto place_q = M::place_a(smem.q, row_warp * T::kWarpRows);
     auto place_k = M::place_b(smem.k[0], col_warp * T::kWarpKeys);
-    auto place_v = M::place_b_transposed(smem.v[1], 0, 2 * col_warp);
-    float acc_s[kMTiles][kNTiles][4]; // of this turn's keys, modified and hidden; m has followed them
+    auto place_v = M::place_b_transposed(smem.v[0], 0, 2 * col_warp);
     typename M::A kept_q[T::kKeepsQ ? kMTiles : 1][T::kDim / M::kDepth];
 
     __syncthreads(); // what the threads tell each other is there
     if constexpr (kModified) unit = 1.44269504f * smem.rule.unit;
-    // A turn makes O += P V of its keys and the scores of the next turn's. K, therefore, is a turn ahead of V.
-    for (int n0 = key_first - T::kBlockN, stage = 1; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
-        const int next_n0 = n0 + T::kBlockN;
+    for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
         const auto keys = smem.keys[warp];
-        const auto sees = [&](int n) { return n < keys.some.hi && n + T::kBlockN > keys.some.lo; };
-        const bool sees_now = sees(n0), sees_next = sees(next_n0);
+        const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
+        KeyCopy next = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN); // the next turn's; zeros after the last
         cp_async_wait<0>();
-        __syncthreads(); // V of this turn and K of the next are there; those of the turn before, and P, were read
+        __syncthreads(); // K and V are there, and those of the turn before were read
         if constexpr (T::kKeepsQ) {
-            if (n0 < key_first)
+            if (n0 == key_first)
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
                     for (int d = 0; d < T::kDim; d += M::kDepth)
                         M::load_a(kept_q[i][d / M::kDepth], place_q, 16 * i, d);
         }
-        if (sees_now) {
-            const float unit_now = is_far ? 1.0f : unit;
-            float shift[kMTiles][2];
-#pragma unroll
-            for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) // no key yet: 2^(-inf - 0) = 0
-                    shift[i][half] =
-                        is_far || row_max[i][half] == -infinity(0.0f) ? 0.0f : product(row_max[i][half], unit);
-            // P of 16 keys, as the A of M::kDepth each.
-            const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
-                const int key = n0 + col_warp * T::kWarpKeys + 16 * step;
-#pragma unroll
-                for (int i = 0; i < kMTiles; ++i) {
-                    float (&left)[4] = acc_s[i][2 * step], (&right)[4] = acc_s[i][2 * step + 1];
-#pragma unroll
-                    for (int entry = 0; entry < 8; ++entry) {
-                        float &s = entry < 4 ? left[entry] : right[entry - 4];
-                        s = ex2_approx(fmaf(s, unit_now, -shift[i][entry / 2 % 2]));
-                        row_sum[i][entry / 2 % 2] += s;
-                    }
-                    if constexpr (kModified && kFloat)
-                        if (drops) drop(left, right, smem.rule, smem.row0 + row_warp * T::kWarpRows + 16 * i, key);
-                    M::from_scores(p[i], left, right);
-                    if constexpr (kModified && !kFloat)
-                        if (drops) drop(p[i][0], smem.rule, smem.row0 + row_warp * T::kWarpRows + 16 * i, key);
-                }
-            };
-            const auto multiply_values = [&](const bool drops) {
-                if constexpr (T::kColWarps == 1) {
-#pragma unroll
-                    for (int step = 0; step < T::kBlockN / 16; ++step) {
-                        typename M::A p[kMTiles][kParts];
-                        probabilities(drops, p, step);
-                        if constexpr (kFloat)
-                            add_product(acc_o, p, place_v, 16 * step);
-                        else
-                            add_product<T>(acc_o, p, place_v, 16 * step);
-                    }
-                } else {
-                    const int row = row_warp * T::kWarpRows + lane / 4;
-                    auto &tile = smem.exchange.p;
-#pragma unroll
-                    for (int step = 0; step < T::kWarpKeys / 16; ++step) {
-                        typename M::A p[kMTiles][kParts];
-                        probabilities(drops, p, step);
-#pragma unroll
-                        for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                            for (int n = 0; n < 4; ++n) {
-                                auto *at = tile.at(row + 16 * i + n % 2 * 8,
-                                                   (col_warp * T::kWarpKeys + 16 * step) / 8 + n / 2);
-                                store_shared(shared_address(at) + lane % 4 * 4, p[i][0].x[n]);
-                            }
-                    }
-                }
-            };
-            if constexpr (kModified) {
-                if (smem.rule.dropout_threshold != 0)
-                    multiply_values(true);
-                else
-                    multiply_values(false);
-            } else {
-                multiply_values(false);
-            }
-        }
-
-        float new_max[kMTiles][2];
-        bool grew = false;
-        KeyCopy copy = copy_of(args.k, smem.head_k, args.head_dim, next_n0 + T::kBlockN);
-        if (sees_next) {
-            // The copies of V of the next turn and of K behind it go out between the products, so that they are there when
-            // the turn ends.
+        if (!is_seen) {
+            next.all(smem.k[stage ^ 1]);
+            copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN).all(smem.v[stage ^ 1]);
+            copy_next_bias(n0 + T::kBlockN);
+        } else {
+            // The copies go out between the products of S, so that they are there when the turn ends.
             const auto copy_parts = [&](int step, int steps) {
 #pragma unroll
                 for (int n = 0; n < 2 * KeyCopy::kCopies; ++n)
                     if (n * steps / (2 * KeyCopy::kCopies) == step) {
-                        if (n == KeyCopy::kCopies) copy = copy_of(args.v, smem.head_v, args.head_dim_v, next_n0);
-                        copy.part(n < KeyCopy::kCopies ? smem.k[stage] : smem.v[stage ^ 1], n % KeyCopy::kCopies);
+                        if (n == KeyCopy::kCopies) next = copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN);
+                        next.part((n < KeyCopy::kCopies ? smem.k : smem.v)[stage ^ 1], n % KeyCopy::kCopies);
                     }
             };
-#pragma unroll
-            for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-                    for (int entry = 0; entry < 4; ++entry) acc_s[i][j][entry] = 0;
+            float acc_s[kMTiles][kNTiles][4] = {};
             if constexpr (kFloat) {
                 multiply_rows<T::kDim>(acc_s, place_q, place_k,
                                        [&](int d) { copy_parts(d / M::kDepth, T::kDim / M::kDepth); });
@@ -428,17 +354,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             }
 
-            const int thread_row = smem.row0 + row_warp * T::kWarpRows + lane / 4;
-            const int thread_key = next_n0 + col_warp * T::kWarpKeys + lane % 4 * 2;
+            const int warp_n0 = n0 + col_warp * T::kWarpKeys;
+            const int thread_key = warp_n0 + lane % 4 * 2;
+            const auto warp_row = [&] { return smem.row0 + row_warp * T::kWarpRows; };
             if constexpr (kModified) {
                 modify_scores<typename T::Element, false>(
-                    acc_s, args, smem.seq, smem.rule, thread_row, thread_key, [](int, int, int, float) {},
+                    acc_s, args, smem.seq, smem.rule, warp_row() + lane / 4, thread_key, [](int, int, int, float) {},
                     staged_bias());
             }
-            if (next_n0 < keys.all.lo || next_n0 + T::kBlockN > keys.all.hi)
-                hide_scores<false>(acc_s, args, smem.seq, thread_row, thread_key);
+            if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
+                hide_scores<false>(acc_s, args, smem.seq, warp_row() + lane / 4, thread_key);
 
             // Whether a row's maximum left the slack behind.
+            float new_max[kMTiles][2];
+            bool grew = false;
 #pragma unroll
             for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -451,43 +380,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     grew |= (most - row_max[i][half]) * unit > kSlack;
                 }
             grew = __any_sync(~0u, grew);
-        } else {
-            copy.all(smem.k[stage]);
-            copy_of(args.v, smem.head_v, args.head_dim_v, next_n0).all(smem.v[stage ^ 1]);
-        }
-        if constexpr (kModified) {
-            __syncwarp(); // the bias was read
-            copy_next_bias(next_n0 + T::kBlockN);
-        }
-        if constexpr (T::kColWarps == 2) { // the pair's other warp has the other keys of the row
-            if (sees_next) {
-                grew = grew || is_far;
-                if (lane == 0) smem.exchange.grew[row_warp][col_warp] = grew;
-                if (grew)
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half) {
-                            new_max[i][half] = row_max_of<4>(new_max[i][half]);
-                            if (lane % 4 == 0)
-                                smem.exchange.row_max[col_warp][row_warp * T::kWarpRows + lane / 4 + 16 * i + 8 * half] =
-                                    new_max[i][half];
-                        }
-            }
-            if (sees_now || sees_next) barrier_wait(1 + row_warp, 64); // P and the maxima are there
-            if (sees_now) {
-                auto &tile = smem.exchange.p;
-                const auto place_p = M::place_a(tile, row_warp * T::kWarpRows);
-#pragma unroll
-                for (int step = 0; step < T::kBlockN / 16; ++step) {
-                    typename M::A p[kMTiles][kParts];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
-                    add_product<T>(acc_o, p, place_v, 16 * step);
-                }
-            }
-        }
-        if (sees_next) {
             // Each row's m and what hangs on it follow its maximum; most(i, half): of this turn.
             const auto follow = [&](const auto &most_of) {
                 bool reaches_far = false;
@@ -535,8 +427,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if constexpr (T::kColWarps == 1) {
                 if (grew || is_far) follow([&](int i, int half) { return row_max_of<4>(new_max[i][half]); });
             } else {
-                const bool other_grew = smem.exchange.grew[row_warp][1 - col_warp];
+                // The pair's other warp has the other keys of the row.
+                auto &mine = smem.exchange.row_max[col_warp];
                 const int row = row_warp * T::kWarpRows + lane / 4;
+                grew = grew || is_far;
+                if (lane == 0) smem.exchange.grew[row_warp][col_warp] = grew;
+                if (grew)
+#pragma unroll
+                    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            new_max[i][half] = row_max_of<4>(new_max[i][half]);
+                            if (lane % 4 == 0) mine[row + 16 * i + 8 * half] = new_max[i][half];
+                        }
+                barrier_wait(1 + row_warp, 64); // both maxima are there; P of the turn before was read
+                const bool other_grew = smem.exchange.grew[row_warp][1 - col_warp];
                 if (grew || other_grew)
                     follow([&](int i, int half) {
                         const float most = grew ? new_max[i][half] : -infinity(0.0f);
@@ -544,10 +449,91 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                           : most;
                     });
             }
+            const float unit_now = is_far ? 1.0f : unit;
+            float shift[kMTiles][2];
+#pragma unroll
+            for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) // no key yet: 2^(-inf - 0) = 0
+                    shift[i][half] =
+                        is_far || row_max[i][half] == -infinity(0.0f) ? 0.0f : product(row_max[i][half], unit);
+            // P of 16 keys, as the A of M::kDepth each.
+            const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) {
+                    float (&left)[4] = acc_s[i][2 * step], (&right)[4] = acc_s[i][2 * step + 1];
+#pragma unroll
+                    for (int entry = 0; entry < 8; ++entry) {
+                        float &s = entry < 4 ? left[entry] : right[entry - 4];
+                        s = ex2_approx(fmaf(s, unit_now, -shift[i][entry / 2 % 2]));
+                        row_sum[i][entry / 2 % 2] += s;
+                    }
+                    if constexpr (kModified && kFloat)
+                        if (drops) drop(left, right, smem.rule, warp_row() + 16 * i, warp_n0 + 16 * step);
+                    M::from_scores(p[i], left, right);
+                    if constexpr (kModified && !kFloat)
+                        if (drops) drop(p[i][0], smem.rule, warp_row() + 16 * i, warp_n0 + 16 * step);
+                }
+            };
+            const auto after_values = [&](int step) {
+                if constexpr (kModified)
+                    if (step == 1) {  // registers of scores are free
+                        __syncwarp(); // the bias was read
+                        copy_next_bias(n0 + T::kBlockN);
+                    }
+            };
+            const auto multiply_values = [&](const bool drops) {
+                if constexpr (T::kColWarps == 1) {
+#pragma unroll
+                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+                        probabilities(drops, p, step);
+                        if constexpr (kFloat)
+                            add_product(acc_o, p, place_v, 16 * step);
+                        else
+                            add_product<T>(acc_o, p, place_v, 16 * step);
+                        after_values(step);
+                    }
+                } else {
+                    const int row = row_warp * T::kWarpRows + lane / 4;
+                    auto &tile = smem.exchange.p;
+#pragma unroll
+                    for (int step = 0; step < T::kWarpKeys / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+                        probabilities(drops, p, step);
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+                            for (int n = 0; n < 4; ++n) {
+                                auto *at = tile.at(row + 16 * i + n % 2 * 8,
+                                                   (col_warp * T::kWarpKeys + 16 * step) / 8 + n / 2);
+                                store_shared(shared_address(at) + lane % 4 * 4, p[i][0].x[n]);
+                            }
+                    }
+                    barrier_wait(1 + row_warp, 64); // P is there
+                    const auto place_p = M::place_a(tile, row_warp * T::kWarpRows);
+#pragma unroll
+                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                        typename M::A p[kMTiles][kParts];
+#pragma unroll
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
+                        add_product<T>(acc_o, p, place_v, 16 * step);
+                        after_values(step);
+                    }
+                }
+            };
+            if constexpr (kModified) {
+                if (smem.rule.dropout_threshold != 0)
+                    multiply_values(true);
+                else
+                    multiply_values(false);
+            } else {
+                multiply_values(false);
+            }
         }
         cp_async_commit();
-        const int stage_bytes = stage ? static_cast<int>(sizeof smem.k[0]) : -static_cast<int>(sizeof smem.k[0]);
-        place_k.address += stage_bytes, place_v.address -= stage_bytes;
+        const int stage_bytes = stage ? -static_cast<int>(sizeof smem.k[0]) : static_cast<int>(sizeof smem.k[0]);
+        place_k.address += stage_bytes, place_v.address += stage_bytes;
     }
     cp_async_wait<0>();
     __syncthreads(); // no copy is under way, Q was read: O takes its place
