@@ -46,6 +46,11 @@ static inline bool fa_allow_shared(const void *kernel, size_t bytes) {
     return false;
 }
 
+// Whether rows see unequal numbers of keys, though sequences be alike.
+static inline bool fa_has_unequal_rows(const fa_forward_args *args) {
+    return args->causal || args->window_left >= 0 || args->window_right >= 0;
+}
+
 // Whether softmax sees anything but softmax_scale q.k, or P is not what softmax gave.
 static inline bool fa_has_modified_scores(const fa_forward_args *args) {
     return args->softcap > 0 || args->bias.data || args->alibi_slopes.data || args->dropout_p > 0;

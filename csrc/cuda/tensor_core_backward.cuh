@@ -34,6 +34,7 @@
 fa_status fa_tensor_core_backward_f32(const fa_backward_args *args, bool modified, size_t *bytes);
 
 constexpr float kLog2E = 1.44269504f;
+constexpr int64_t kDqCacheBytes = 32 << 20; // Q, dO and dQ' of the heads that run together: of an H200's L2 cache
 
 // dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. The
 // blocks of keys that a block of queries sees add to it one after the other, from the first key on: turns counts those that have. No
@@ -991,8 +992,7 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradi
     fa_plan_backward_heads(args, fa_ceil_div(forward->seqlen_k, T::kBlockN), &plan, &arena);
     fa_plan_backward_bias(args, &plan, &arena);
     dq->blocks = query_blocks<T::kBlockM>(*forward);
-    const bool unequal = forward->causal || forward->window_left >= 0 || forward->window_right >= 0;
-    dq->chains = unequal && forward->seqlen_k > 8 * T::kBlockN ? kMostChains : 1;
+    dq->chains = fa_has_unequal_rows(forward) && forward->seqlen_k > 8 * T::kBlockN ? kMostChains : 1;
     const size_t blocks = static_cast<size_t>(forward->heads_q * dq->blocks);
     dq->sums = static_cast<float *>(fa_take(&arena, blocks * dq->chains * T::kBlockM * T::kDim * sizeof(float)));
     dq->turns = static_cast<int32_t *>(fa_take(&arena, (blocks * dq->chains + 1) * sizeof(int32_t)));
@@ -1029,7 +1029,12 @@ static fa_status launch(const fa_backward_args *args) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
-    const int64_t of_head = fa_clamp(n_blocks, 1, 4), most = fa_ceil_div(sms * T::kBlocksPerSm, of_head);
+    int64_t most = fa_ceil_div(sms * T::kBlocksPerSm, fa_clamp(n_blocks, 1, 4));
+    if (T::kHalves == 2 && !fa_has_unequal_rows(forward)) { // 64 keys a block add to dQ' twice as often: it is to stay in the L2 cache
+        const int64_t bytes = forward->heads_q / fa_max(forward->heads_kv, 1) * forward->seqlen_q * T::kDim *
+                              static_cast<int64_t>(sizeof(float) + 2 * sizeof(typename T::Element));
+        most = fa_clamp(kDqCacheBytes / fa_max(bytes, 1), 1, most);
+    }
     const int64_t section = fa_ceil_div(heads, fa_max(fa_ceil_div(heads, most), 1)); // alike
     const BackwardOrder order = {static_cast<unsigned>(section), static_cast<unsigned>(n_blocks),
                                  static_cast<int>(heads), static_cast<int>(forward->heads_kv),

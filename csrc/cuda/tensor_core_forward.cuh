@@ -547,9 +547,8 @@ static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
     const int64_t head_bytes = args->seqlen_k * (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->dtype);
     const int64_t m_blocks = fa_ceil_div(args->seqlen_q, T::kBlockM);
     // Where rows are unequally long: the longest of many heads first. Else head by head.
-    const bool unequal = args->causal || args->window_left >= 0 || args->window_right >= 0;
     const int64_t fitting = fa_clamp(kSectionBytes / fa_max(head_bytes, 1) * group, group, fa_max(heads, 1));
-    const int64_t section = unequal ? fa_max(fitting, 1) : 1;
+    const int64_t section = fa_has_unequal_rows(args) ? fa_max(fitting, 1) : 1;
     const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
     const ForwardPlan plan = {divisor(section),
                               divisor(section * m_blocks),
