@@ -7,15 +7,15 @@ template <typename Element, bool kModified>
 static fa_status by_head_dim(const fa_forward_args *args) {
     fa_status status = FA_OK;
     // clang-format off
-    //                            dim, row warps, column warps, m tiles, keys, keeps Q, blocks an SM
-    if (try_tile<ForwardTile<Element,  32, 4, 1, 2, 64, true,  kModified ? 2 : 3>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element,  64, 4, 1, 2, 64, !kModified, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element,  96, 4, 1, 2, 64, false, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 128, 4, 1, 2, 64, false, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 192, 4, 2, 2, 64, false, 1>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 256, 4, 2, 2, 64, false, 1>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 256, 4, 2, 2, 32, false, 1>, kModified>(args, &status) || // 164 KiB an SM
-        try_tile<ForwardTile<Element, 256, 2, 2, 1, 32, false, 1>, kModified>(args, &status))   // 100 KiB
+    //                            dim, row warps, column warps, m tiles, keys, stages, keeps Q, blocks an SM
+    if (try_tile<ForwardTile<Element,  32, 4, 1, 2, 64, 2, true,  kModified ? 2 : 3>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element,  64, 4, 1, 2, 64, 2, !kModified, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element,  96, 4, 1, 2, 64, 2, false, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 128, 4, 1, 2, 64, 2, false, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 192, 4, 2, 2, 64, 2, false, 1>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 256, 4, 2, 2, 64, 2, false, 1>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 256, 4, 2, 2, 32, 2, false, 1>, kModified>(args, &status) || // 164 KiB an SM
+        try_tile<ForwardTile<Element, 256, 2, 2, 1, 32, 2, false, 1>, kModified>(args, &status))   // 100 KiB
         return status;
     // clang-format on
     return fa_fail(FA_ERROR_DEVICE, "tensor core forward: no tile fits the device's shared memory");

@@ -32,12 +32,12 @@ constexpr float kSlack = 8;
 constexpr float kFar = 1 << 20;             // a float32 of this size is rounded by 2^-4
 constexpr int64_t kSectionBytes = 32 << 20; // of K and V, at a time: half of an H200's L2 cache
 
-template <typename Element_, int kDim_, int kRowWarps_, int kColWarps_, int kMTiles_, int kBlockN_, bool kKeepsQ_,
-          int kBlocksPerSm_>
+template <typename Element_, int kDim_, int kRowWarps_, int kColWarps_, int kMTiles_, int kBlockN_, int kStages_,
+          bool kKeepsQ_, int kBlocksPerSm_>
 struct ForwardTile {
     using Element = Element_;
     static constexpr int kDim = kDim_, kRowWarps = kRowWarps_, kColWarps = kColWarps_, kMTiles = kMTiles_;
-    static constexpr int kBlockN = kBlockN_, kBlocksPerSm = kBlocksPerSm_;
+    static constexpr int kBlockN = kBlockN_, kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
     static constexpr bool kKeepsQ = kKeepsQ_; // Q in registers
     static constexpr int kWarpRows = 16 * kMTiles, kBlockM = kRowWarps * kWarpRows;
     static constexpr int kThreads = 32 * kRowWarps * kColWarps;
@@ -52,7 +52,7 @@ struct ForwardTile {
     template <bool kModified>
     struct Smem {
         SwizzledTile<Element, kBlockM, kDim> q;          // O at the end
-        SwizzledTile<Element, kBlockN, kDim> k[2], v[2]; // this turn's and the next one's
+        SwizzledTile<Element, kBlockN, kDim> k[kStages], v[kStages]; // this turn's and the next one's
         std::conditional_t<kColWarps == 2, Exchange, Nothing> exchange;
         fa_sequence seq; // kept here, as what follows, where they take no registers
         const char *head_k, *head_v;
@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     constexpr int kParts = 16 / M::kDepth;
     constexpr bool kFloat = kDtype<typename T::Element> == FA_FLOAT32;
     static_assert(!kFloat || (T::kColWarps == 1 && !T::kKeepsQ), "float32: rows of one warp, Q in shared memory");
+    static_assert(T::kStages == 2 || T::kColWarps == 2, "one stage: what a pair exchanges, too, waits for the block");
     extern __shared__ __align__(1024) unsigned char shared[];
     using Smem = typename T::template Smem<kModified>;
     Smem &smem = *reinterpret_cast<Smem *>(shared);
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         return KeyCopy(head, t.stride_l, width, n0, key_end);
     };
     copy_of(args.k, k.data, args.head_dim, key_first).all(smem.k[0]);
-    copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
+    if (T::kStages == 2) copy_of(args.v, v.data, args.head_dim_v, key_first).all(smem.v[0]);
 
     // The keys that one of the warp's rows sees, and those that all of them do.
     const Span some = {__shfl_sync(~0u, asked_lo, 2), __shfl_sync(~0u, asked_hi, 3)};
@@ -291,9 +292,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
         const auto keys = smem.keys[warp];
         const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
-        KeyCopy next = copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN); // the next turn's; zeros after the last
+        // Two stages: K and V of the next turn are on their way while this one computes. One: V comes while S is made,
+        // and then the next turn's K. Zeros after the last turn.
+        const auto copy_k = [&] { return copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN); };
+        const auto copy_v = [&] {
+            return copy_of(args.v, smem.head_v, args.head_dim_v, T::kStages == 2 ? n0 + T::kBlockN : n0);
+        };
+        auto &next_k = smem.k[T::kStages == 2 ? stage ^ 1 : 0], &next_v = smem.v[T::kStages == 2 ? stage ^ 1 : 0];
+        KeyCopy next = T::kStages == 2 ? copy_k() : copy_v();
         cp_async_wait<0>();
-        __syncthreads(); // K and V are there, and those of the turn before were read
+        __syncthreads(); // K, and V with two stages, are there, and what the copies take the place of was read
         if constexpr (T::kKeepsQ) {
             if (n0 == key_first)
 #pragma unroll
@@ -303,17 +311,23 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::load_a(kept_q[i][d / M::kDepth], place_q, 16 * i, d);
         }
         if (!is_seen) {
-            next.all(smem.k[stage ^ 1]);
-            copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN).all(smem.v[stage ^ 1]);
+            copy_v().all(next_v);
+            if constexpr (T::kStages == 1) {
+                cp_async_commit();
+                cp_async_wait<0>();
+                __syncthreads(); // with the warps that see keys
+            }
+            copy_k().all(next_k);
             copy_next_bias(n0 + T::kBlockN);
         } else {
             // The copies go out between the products of S, so that they are there when the turn ends.
             const auto copy_parts = [&](int step, int steps) {
+                constexpr int kCopies = KeyCopy::kCopies;
 #pragma unroll
-                for (int n = 0; n < 2 * KeyCopy::kCopies; ++n)
-                    if (n * steps / (2 * KeyCopy::kCopies) == step) {
-                        if (n == KeyCopy::kCopies) next = copy_of(args.v, smem.head_v, args.head_dim_v, n0 + T::kBlockN);
-                        next.part((n < KeyCopy::kCopies ? smem.k : smem.v)[stage ^ 1], n % KeyCopy::kCopies);
+                for (int n = 0; n < T::kStages * kCopies; ++n)
+                    if (n * steps / (T::kStages * kCopies) == step) {
+                        if (n == kCopies) next = copy_v();
+                        next.part(n < kCopies && T::kStages == 2 ? next_k : next_v, n % kCopies);
                     }
             };
             float acc_s[kMTiles][kNTiles][4] = {};
@@ -510,7 +524,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 store_shared(shared_address(at) + lane % 4 * 4, p[i][0].x[n]);
                             }
                     }
-                    barrier_wait(1 + row_warp, 64); // P is there
+                    if constexpr (T::kStages == 2) {
+                        barrier_wait(1 + row_warp, 64); // P is there
+                    } else {
+                        next = copy_k();
+                        cp_async_commit();
+                        cp_async_wait<0>();
+                        __syncthreads(); // V and P are there, K was read
+                    }
                     const auto place_p = M::place_a(tile, row_warp * T::kWarpRows);
 #pragma unroll
                     for (int step = 0; step < T::kBlockN / 16; ++step) {
@@ -518,6 +539,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
                         add_product<T>(acc_o, p, place_v, 16 * step);
+                        if constexpr (T::kStages == 1)
+#pragma unroll
+                            for (int n = 0; n < KeyCopy::kCopies; ++n)
+                                if (n * (T::kBlockN / 16) / KeyCopy::kCopies == step) next.part(next_k, n);
                         after_values(step);
                     }
                 }
@@ -532,8 +557,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
         }
         cp_async_commit();
-        const int stage_bytes = stage ? -static_cast<int>(sizeof smem.k[0]) : static_cast<int>(sizeof smem.k[0]);
-        place_k.address += stage_bytes, place_v.address += stage_bytes;
+        if constexpr (T::kStages == 2) {
+            const int stage_bytes = stage ? -static_cast<int>(sizeof smem.k[0]) : static_cast<int>(sizeof smem.k[0]);
+            place_k.address += stage_bytes, place_v.address += stage_bytes;
+        }
     }
     cp_async_wait<0>();
     __syncthreads(); // no copy is under way, Q was read: O takes its place

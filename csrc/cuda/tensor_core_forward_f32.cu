@@ -8,10 +8,10 @@ template <bool kModified>
 static fa_status by_head_dim(const fa_forward_args *args) {
     fa_status status = FA_OK;
     // clang-format off
-    //                          dim, row warps, column warps, m tiles, keys, keeps Q, blocks an SM
-    if (try_tile<ForwardTile<float,  32, 4, 1, 2, 32, false, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<float,  64, 4, 1, kModified ? 1 : 2, 32, false, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<float, 128, 4, 1, 1, 32, false, 2>, kModified>(args, &status))
+    //                          dim, row warps, column warps, m tiles, keys, stages, keeps Q, blocks an SM
+    if (try_tile<ForwardTile<float,  32, 4, 1, 2, 32, 2, false, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<float,  64, 4, 1, kModified ? 1 : 2, 32, 2, false, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<float, 128, 4, 1, 1, 32, 2, false, 2>, kModified>(args, &status))
         return status;
     // clang-format on
     return fa_fail(FA_ERROR_DEVICE, "tensor core forward: no tile fits the device's shared memory");
