@@ -44,7 +44,7 @@ struct ForwardTile {
     static constexpr int kWarpKeys = kBlockN / kColWarps, kWarpDim = kDim / kColWarps;
     struct Exchange { // between the warps of a row
         SwizzledTile<Element, kBlockM, kBlockN> p;
-        float row_max[kColWarps][kBlockM], row_sum[kColWarps][kBlockM];
+        float of_row[kColWarps][kBlockM]; // maxima of a turn, sums at the end
         int grew[kRowWarps][kColWarps];
     };
     struct Nothing {};
@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_rows(typename T::template Smem<kModified> 
             for (int half = 0; half < 2; ++half) {
                 row_sum[i][half] = row_sum_of<4>(row_sum[i][half]);
                 if (lane % 4 == 0)
-                    smem.exchange.row_sum[col_warp][row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4] =
+                    smem.exchange.of_row[col_warp][row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4] =
                         row_sum[i][half];
             }
         barrier_wait(1 + row_warp, 64); // both sums are there, Q was read
@@ -135,7 +135,7 @@ __device__ __forceinline__ void store_rows(typename T::template Smem<kModified> 
             const int r = row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4; // in the block
             float sum, most = row_max[i][half] * natural;
             if constexpr (T::kColWarps == 2)
-                sum = row_sum[i][half] + smem.exchange.row_sum[1 - col_warp][r];
+                sum = row_sum[i][half] + smem.exchange.of_row[1 - col_warp][r];
             else
                 sum = row_sum_of<4>(row_sum[i][half]);
             // P is of the rounded shift, the sink and lse are of m.
@@ -292,14 +292,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
         const auto keys = smem.keys[warp];
         const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
-        // Two stages: K and V of the next turn are on their way while this one computes. One: V comes while S is made,
-        // and then the next turn's K. Zeros after the last turn.
+        // V goes out between the products of S, and the next turn's K, where a pair shares rows and S takes most of what
+        // shared memory gives, between the first of O. V is the next turn's, too, or with one stage this one's. Zeros after
+        // the last turn.
         const auto copy_k = [&] { return copy_of(args.k, smem.head_k, args.head_dim, n0 + T::kBlockN); };
-        const auto copy_v = [&] {
-            return copy_of(args.v, smem.head_v, args.head_dim_v, T::kStages == 2 ? n0 + T::kBlockN : n0);
-        };
         auto &next_k = smem.k[T::kStages == 2 ? stage ^ 1 : 0], &next_v = smem.v[T::kStages == 2 ? stage ^ 1 : 0];
-        KeyCopy next = T::kStages == 2 ? copy_k() : copy_v();
+        KeyCopy copy = copy_of(args.v, smem.head_v, args.head_dim_v, T::kStages == 2 ? n0 + T::kBlockN : n0);
         cp_async_wait<0>();
         __syncthreads(); // K, and V with two stages, are there, and what the copies take the place of was read
         if constexpr (T::kKeepsQ) {
@@ -311,7 +309,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::load_a(kept_q[i][d / M::kDepth], place_q, 16 * i, d);
         }
         if (!is_seen) {
-            copy_v().all(next_v);
+            copy.all(next_v);
             if constexpr (T::kStages == 1) {
                 cp_async_commit();
                 cp_async_wait<0>();
@@ -320,14 +318,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             copy_k().all(next_k);
             copy_next_bias(n0 + T::kBlockN);
         } else {
-            // The copies go out between the products of S, so that they are there when the turn ends.
             const auto copy_parts = [&](int step, int steps) {
-                constexpr int kCopies = KeyCopy::kCopies;
+                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies;
 #pragma unroll
-                for (int n = 0; n < T::kStages * kCopies; ++n)
-                    if (n * steps / (T::kStages * kCopies) == step) {
-                        if (n == kCopies) next = copy_v();
-                        next.part(n < kCopies && T::kStages == 2 ? next_k : next_v, n % kCopies);
+                for (int n = 0; n < kCopies; ++n)
+                    if (n * steps / kCopies == step) {
+                        if (n == KeyCopy::kCopies) copy = copy_k();
+                        copy.part(n < KeyCopy::kCopies ? next_v : next_k, n % KeyCopy::kCopies);
                     }
             };
             float acc_s[kMTiles][kNTiles][4] = {};
@@ -442,7 +439,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 if (grew || is_far) follow([&](int i, int half) { return row_max_of<4>(new_max[i][half]); });
             } else {
                 // The pair's other warp has the other keys of the row.
-                auto &mine = smem.exchange.row_max[col_warp];
+                auto &mine = smem.exchange.of_row[col_warp];
                 const int row = row_warp * T::kWarpRows + lane / 4;
                 grew = grew || is_far;
                 if (lane == 0) smem.exchange.grew[row_warp][col_warp] = grew;
@@ -459,7 +456,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 if (grew || other_grew)
                     follow([&](int i, int half) {
                         const float most = grew ? new_max[i][half] : -infinity(0.0f);
-                        return other_grew ? fmaxf(most, smem.exchange.row_max[1 - col_warp][row + 16 * i + 8 * half])
+                        return other_grew ? fmaxf(most, smem.exchange.of_row[1 - col_warp][row + 16 * i + 8 * half])
                                           : most;
                     });
             }
@@ -490,6 +487,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 }
             };
             const auto after_values = [&](int step) {
+                if constexpr (T::kColWarps == 2) {
+                    if (step == 0) copy = copy_k();
+#pragma unroll
+                    for (int n = 0; n < KeyCopy::kCopies; ++n)
+                        if (n * (T::kBlockN / 32) / KeyCopy::kCopies == step) copy.part(next_k, n);
+                }
                 if constexpr (kModified)
                     if (step == 1) {  // registers of scores are free
                         __syncwarp(); // the bias was read
@@ -527,7 +530,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     if constexpr (T::kStages == 2) {
                         barrier_wait(1 + row_warp, 64); // P is there
                     } else {
-                        next = copy_k();
                         cp_async_commit();
                         cp_async_wait<0>();
                         __syncthreads(); // V and P are there, K was read
@@ -539,10 +541,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
                         add_product<T>(acc_o, p, place_v, 16 * step);
-                        if constexpr (T::kStages == 1)
-#pragma unroll
-                            for (int n = 0; n < KeyCopy::kCopies; ++n)
-                                if (n * (T::kBlockN / 16) / KeyCopy::kCopies == step) next.part(next_k, n);
                         after_values(step);
                     }
                 }
