@@ -8,14 +8,19 @@ static fa_status by_head_dim(const fa_forward_args *args) {
     fa_status status = FA_OK;
     // clang-format off
     //                            dim, row warps, column warps, m tiles, keys, stages, keeps Q, blocks an SM
-    if (try_tile<ForwardTile<Element,  32, 4, 1, 2, 64, 2, true,  kModified ? 2 : 3>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element,  64, 4, 1, 2, 64, 2, !kModified, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element,  96, 4, 1, 2, 64, 2, false, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 128, 4, 1, 2, 64, 2, false, 2>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 192, 4, 2, 2, 64, 2, false, 1>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 256, 4, 2, 2, 64, 2, false, 1>, kModified>(args, &status) ||
-        try_tile<ForwardTile<Element, 256, 4, 2, 2, 32, 2, false, 1>, kModified>(args, &status) || // 164 KiB an SM
-        try_tile<ForwardTile<Element, 256, 2, 2, 1, 32, 2, false, 1>, kModified>(args, &status))   // 100 KiB
+    if (try_tile<ForwardTile<Element,  32, 4, 1, 2,  64, 2, true,  kModified ? 2 : 3>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element,  64, 4, 1, 2,  64, 2, !kModified, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element,  96, 4, 1, 2,  64, 2, false, 2>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 128, 4, 1, 2,  64, 2, false, 2>, kModified>(args, &status))
+        return status;
+    if constexpr (!kModified) // half as many barriers and exchanges; it needs all of 227 KiB
+        if (try_tile<ForwardTile<Element, 192, 4, 2, 2, 128, 1, false, 1>, kModified>(args, &status) ||
+            try_tile<ForwardTile<Element, 256, 4, 2, 2, 128, 1, false, 1>, kModified>(args, &status))
+            return status;
+    if (try_tile<ForwardTile<Element, 192, 4, 2, 2,  64, 2, false, 1>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 256, 4, 2, 2,  64, 2, false, 1>, kModified>(args, &status) ||
+        try_tile<ForwardTile<Element, 256, 4, 2, 2,  64, 1, false, 1>, kModified>(args, &status) || // 164 KiB an SM
+        try_tile<ForwardTile<Element, 256, 2, 2, 1,  32, 2, false, 1>, kModified>(args, &status))   // 100 KiB
         return status;
     // clang-format on
     return fa_fail(FA_ERROR_DEVICE, "tensor core forward: no tile fits the device's shared memory");
