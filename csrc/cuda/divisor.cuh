@@ -20,7 +20,8 @@ struct Divisor { // of numerators from 0 to 2^31 - 1
     }
 };
 
-static_assert(Divisor(1).quotient(5) == 5 && Divisor(2).quotient(5) == 2 && Divisor(3).quotient(INT32_MAX) == 715827882);
+static_assert(Divisor(1).quotient(5) == 5 && Divisor(2).quotient(5) == 2 &&
+              Divisor(3).quotient(INT32_MAX) == 715827882);
 static_assert(Divisor(7).quotient(6) == 0 && Divisor(7).quotient(7) == 1 && Divisor(641).quotient(640) == 0);
 static_assert(Divisor(65537).quotient(INT32_MAX) == 32767 && Divisor(65537).quotient(65537 * 32767 - 1) == 32766);
 static_assert(Divisor(INT32_MAX).quotient(INT32_MAX) == 1 && Divisor(INT32_MAX).quotient(INT32_MAX - 1) == 0);

@@ -1030,7 +1030,8 @@ static fa_status launch(const fa_backward_args *args) {
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
     int64_t most = fa_ceil_div(sms * T::kBlocksPerSm, fa_clamp(n_blocks, 1, 4));
-    if (T::kHalves == 2 && !fa_has_unequal_rows(forward)) { // 64 keys a block add to dQ' twice as often: it is to stay in the L2 cache
+    if (T::kHalves == 2 &&
+        !fa_has_unequal_rows(forward)) { // 64 keys a block add to dQ' twice as often: it is to stay in the L2 cache
         const int64_t bytes = forward->heads_q / fa_max(forward->heads_kv, 1) * forward->seqlen_q * T::kDim *
                               static_cast<int64_t>(sizeof(float) + 2 * sizeof(typename T::Element));
         most = fa_clamp(kDqCacheBytes / fa_max(bytes, 1), 1, most);

@@ -51,7 +51,7 @@ struct ForwardTile {
     using BiasTile = SwizzledTile<Element, kBlockM, kBlockN>; // behind Smem, where a bias is staged
     template <bool kModified>
     struct Smem {
-        SwizzledTile<Element, kBlockM, kDim> q;          // O at the end
+        SwizzledTile<Element, kBlockM, kDim> q;                      // O at the end
         SwizzledTile<Element, kBlockN, kDim> k[kStages], v[kStages]; // this turn's and the next one's
         std::conditional_t<kColWarps == 2, Exchange, Nothing> exchange;
         fa_sequence seq; // kept here, as what follows, where they take no registers
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if constexpr (kModified) smem.rule = MmaScoreRule(args, seq, b, h);
     }
     float unit = 1.44269504f * static_cast<float>(args.softmax_scale); // of scores, in log2: products where plain
-    const auto staged_bias = [&] { // this warp's part, of a turn
+    const auto staged_bias = [&] {                                     // this warp's part, of a turn
         return StagedBias<typename T::BiasTile>{plan.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
                                                 col_warp * T::kWarpKeys};
     };
@@ -309,6 +309,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::load_a(kept_q[i][d / M::kDepth], place_q, 16 * i, d);
         }
         if (!is_seen) {
+            // As many barriers as the warps that see keys: racecheck counts them, and a pair waits for nobody else here.
+#pragma unroll
+            for (int n = 0; n < (T::kColWarps == 2 ? T::kStages : 0); ++n) barrier_wait(1 + row_warp, 64);
             copy.all(next_v);
             if constexpr (T::kStages == 1) {
                 cp_async_commit();
