@@ -26,7 +26,8 @@ struct BackwardPlan {
     void *lse, *correction, *delta; // as RowValues
     double *slope_sums;             // [batch][heads_q][slope_parts] of dS |i + offset - j|; NULL: not wanted
     int64_t slope_parts;
-    double *bias_sums; // [bias_chunks][elements of d_bias]; NULL: one chunk holds all, or d_bias is not wanted
+    bool slopes_have_origin; // slope_sums are of dS (|i + offset - j| - slope_origin(i + offset))
+    double *bias_sums;       // [bias_chunks][elements of d_bias]; NULL: one chunk holds all, or d_bias is not wanted
     int64_t bias_chunks;
     int32_t *semaphores; // [semaphore_count], 0 after fa_backward_rows unless q has no rows; NULL: none
     int64_t semaphore_count;
@@ -42,6 +43,10 @@ __device__ __forceinline__ RowValues<Real> row_values(const fa_forward_args &arg
     return {static_cast<Real *>(plan.lse) + at, plan.correction ? static_cast<Real *>(plan.correction) + at : nullptr,
             static_cast<Real *>(plan.delta) + at};
 }
+
+// Of a row before the first key: its distance to that. Each dS of the row is off by a share of what o was rounded by, times the
+// distance; what all distances share is better multiplied by the sum over the row, which is known.
+__device__ __forceinline__ float slope_origin(float position) { return fmaxf(-position, 0.0f); }
 
 // What load_tile and TileCopy ask about rows of d_o.
 template <typename Real>

@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(kThreads)
     const fa_forward_args &forward = args.forward;
     const int64_t h = blockIdx.x;
     const bool wants_slopes = args.d_alibi_slopes.data != nullptr;
-    const Real sink = args.d_sinks.data ? load_per_head<Real>(forward.sinks, 0, h) : Real(0);
+    const Real sink = forward.sinks.data ? load_per_head<Real>(forward.sinks, 0, h) : -infinity(Real());
     double d_sink = 0, d_slope = 0; // of this thread
     for (int64_t b = 0; b < forward.batch; ++b) {
         const fa_sequence seq = fa_sequence_at(&forward, b);
@@ -19,6 +19,17 @@ __global__ void __launch_bounds__(kThreads)
                       static_cast<double>(of_row.delta[row]);
         for (int64_t part = threadIdx.x; wants_slopes && part < plan.slope_parts; part += kThreads)
             d_slope -= plan.slope_sums[(b * forward.heads_q + h) * plan.slope_parts + part];
+        // The sum of a row's dS is d_lse + P_sink delta.
+        const int64_t before = wants_slopes && plan.slopes_have_origin ? seq.len_q - seq.len_k : 0;
+        for (int64_t row = threadIdx.x; row < fa_min(before, seq.len_q); row += kThreads) {
+            if (of_row.lse[row] == infinity(Real())) continue;
+            double sum = static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction_at(row))) *
+                         static_cast<double>(of_row.delta[row]);
+            if (args.d_lse.data)
+                sum += load<double>(args.d_lse.data, fa_lse_dtype(&forward),
+                                    fa_row_offset(&args.d_lse, seq.batch_index, h, seq.row_q + row));
+            d_slope -= static_cast<double>(slope_origin(static_cast<float>(row - before))) * sum;
+        }
         if (wants_slopes && (args.d_alibi_slopes.stride_b || b == forward.batch - 1)) {
             const double sum = block_sum(d_slope, partial);
             if (threadIdx.x == 0)

@@ -613,11 +613,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         } else {
             barrier_wait(pair_barrier, 64); // P^T is there, or the first part
             bool caps = false;
-            float slope_sum = 0, distance0 = 0;
+            float slope_sum = 0, position0 = 0, distance0 = 0; // of this thread's first query, and to its first key
             if constexpr (kModified) {
                 caps = forward.softcap > 0;
-                distance0 =
-                    static_cast<float>(now_m0 + pair_row + (len_k - len_q) - key0 - key_warp * T::kWarpKeys - lane / 4);
+                position0 = static_cast<float>(now_m0 + pair_row + len_k - len_q);
+                distance0 = position0 - static_cast<float>(key0 + key_warp * T::kWarpKeys + lane / 4);
             }
             const auto place_store = place_of_ds();
             if constexpr (kFloat) {
@@ -641,10 +641,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                     dp[entry] = __float_as_uint(p[entry]) >> 31 ? 0 : dp[entry] * keep;
                                 dp[entry] = fabsf(p[entry]) * (dp[entry] - (entry % 2 ? delta.y : delta.x));
                                 if constexpr (kModified) {
-                                    if (wants_slopes)
+                                    if (wants_slopes) {
+                                        const float query = static_cast<float>(16 * n + 8 * side + entry % 2);
+                                        const float key = static_cast<float>(16 * i + entry / 2 * 8);
                                         slope_sum += dp[entry] *
-                                                     fabsf(distance0 + static_cast<float>(16 * n + 8 * side - 16 * i -
-                                                                                          entry / 2 * 8 + entry % 2));
+                                                     (fabsf(distance0 + query - key) - slope_origin(position0 + query));
+                                    }
                                     dp[entry] *= cap[entry];
                                 }
                             }
@@ -697,10 +699,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 if (wants_slopes) { // of P unrounded: dS of a row cancels, whatever the distance
                                     const float2 rest =
                                         unpack(load_shared(ds_word(place_store, n, i, word)), kDtype<Element>);
-                                    const float distance =
-                                        distance0 + static_cast<float>(16 * n + word / 2 * 8 - 16 * i - word % 2 * 8);
-                                    slope_sum += (pair.x + rest.x) * dp0 * fabsf(distance) +
-                                                 (pair.y + rest.y) * dp1 * fabsf(distance + 1);
+                                    const float query = static_cast<float>(16 * n + word / 2 * 8);
+                                    const float key = static_cast<float>(16 * i + word % 2 * 8);
+                                    const float distance = distance0 + query - key, position = position0 + query;
+                                    slope_sum +=
+                                        (pair.x + rest.x) * dp0 * (fabsf(distance) - slope_origin(position)) +
+                                        (pair.y + rest.y) * dp1 * (fabsf(distance + 1) - slope_origin(position + 1));
                                 }
                             }
                             dp0 *= pair.x, dp1 *= pair.y;
@@ -990,6 +994,7 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradi
     BackwardPlan plan = {};
     fa_plan_backward_rows(args, &plan, &arena);
     fa_plan_backward_heads(args, fa_ceil_div(forward->seqlen_k, T::kBlockN), &plan, &arena);
+    plan.slopes_have_origin = true;
     fa_plan_backward_bias(args, &plan, &arena);
     dq->blocks = query_blocks<T::kBlockM>(*forward);
     dq->chains = fa_has_unequal_rows(forward) && forward->seqlen_k > 8 * T::kBlockN ? kMostChains : 1;
