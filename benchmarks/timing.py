@@ -87,7 +87,7 @@ class _Samples:
             self._ms, self._spent_s = spent, spent[0] / 1e3
         while len(spent) < WARM_UP_CALLS and sum(spent) < self._seconds / 4 * 1e3:
             spent.append(self._sampler())
-        if on_cuda and min(spent) < GRAPH_BELOW_MS:
+        if on_cuda and self._call.can_be_captured and min(spent) < GRAPH_BELOW_MS:
             try:
                 self._timer, self._sampler = "graph", functools.partial(_replay, _capture(self._call))
             except RuntimeError:  # what a graph forbids, such as waiting for the device: timed with its launch cost

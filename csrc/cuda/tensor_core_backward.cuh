@@ -79,7 +79,7 @@ struct BackwardTile {
     struct Modified {
         Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
         MmaScoreRule rules[3];             // of query heads: this turn's and the next one's
-        double slopes[2][kWarps];          // sums of dS |i + offset - j|, of the last head and the one before
+        double slopes[2][kWarps];          // sums of dS and distances, of the last head and the one before
     };
     struct Nothing {};
     using BiasTile = SwizzledTile<Element, 8, 64>; // none is staged
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
     };
 
-    double slope_total = 0;              // of a head, in a key warp: this thread's dS |i + offset - j|
+    double slope_total = 0;              // of a head, in a key warp: this thread's dS and distances
     float acc[kMTiles][kOTiles][4] = {}; // dV of a value warp, dK of a key warp
 
     if (turns > 0) {

@@ -4,10 +4,10 @@
 //   o = O / l,  lse = m + ln l                                             Dao, FlashAttention-2 (2023), algorithm 1
 //
 // A block takes kBlockM rows of Q of one head and walks over the keys that they see, kBlockN at a time. A row warp owns 16
-// kMTiles of the rows; P stays in its registers. While a turn computes, the copies of the next one's K and V are under way:
+// kMTiles of the rows; P stays in its registers. While a turn computes, the copies of the next one's V and K are under way:
 //
-//   wait, barrier | load K, V of the next turn ...
-//                 | S = Q K^T | mask | max | P of 16 keys | O += P V of these 16 | P of the next 16 | O += ...
+//   wait, barrier | S = Q K^T, between its products: load V, K of the next turn
+//                 | mask | max | P of 16 keys | O += P V of these 16 | P of the next 16 | O += ...
 //
 // The exponentials of 16 keys are independent of the product over the 16 before: they run under it. m follows the
 // maximum only when that grows by more than 2^kSlack: until then P is at most 2^kSlack times larger, which costs no precision
@@ -15,7 +15,8 @@
 //
 // Rows of more than 128 elements do not fit a warp's registers with the 32 rows that reading K and V from shared memory
 // needs to keep up with the tensor cores. There two warps share their rows (kColWarps = 2): each makes the scores of half of the keys,
-// they exchange P through shared memory, and each makes every other 16 columns of O.
+// they exchange P through shared memory, and each makes every other 16 columns of O. Where K and V have one stage (kStages = 1)
+// turns of twice the keys fit: V is loaded under S, the next turn's K under O, and the block meets in the middle of a turn.
 //
 // Float32 multiplies as pairs of tf32 and adds up O in float32, 16 keys at a time (mma_float.cuh).
 #ifndef FA_TENSOR_CORE_FORWARD_CUH
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     __syncthreads(); // what the threads tell each other is there
     if constexpr (kModified) unit = 1.44269504f * smem.rule.unit;
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
-        const auto keys = smem.keys[warp];
+        const auto &keys = smem.keys[warp]; // read where they are used
         const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
         // V goes out between the products of S, and the next turn's K, where a pair shares rows and S takes most of what
         // shared memory gives, between the first of O. V is the next turn's, too, or with one stage this one's. Zeros after
