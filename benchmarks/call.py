@@ -32,8 +32,8 @@ class Call:
             for name, x in options(inputs).items()
         }
         self._options = implementation.prepare(*self._qkv, **given)
-        # PyTorch's efficient backward, when captured, reads its forward's random state through a pointer, which is one of
-        # the host unless that forward was captured, too: an illegal memory access.
+        # A captured backward of PyTorch's efficient kernel reads its forward's random state through a pointer: an illegal
+        # memory access, since that is the host's unless the forward was captured, too.
         draws = implementation.draws_own_bits and given.get("dropout_p", 0.0) > 0
         self.can_be_captured = not (draws and problem.direction == "bwd")
         self._leaves = (*self._qkv, *(given[name] for name in problem.extra_gradients))

@@ -228,6 +228,19 @@ def test_a_peer_that_drops_by_bits_of_its_own_must_drop_as_many(direction: str) 
     assert oracle.check(Call(implementations.find("torch_math"), problem, inputs)).status == "ok"
 
 
+def test_a_backward_whose_bits_a_peer_drew_is_not_captured() -> None:
+    dropped = dataclasses.replace(SMALL, dropout_p=0.125)
+
+    def can_be_captured(name: str, case: Case, direction: str) -> bool:
+        problem = Problem(case, direction, "cpu")
+        problem = Problem(case, direction)
+        return Call(implementations.find(name), problem, problem.inputs()).can_be_captured
+
+    assert not can_be_captured("torch_math", dropped, "bwd")
+    assert can_be_captured("torch_math", dropped, "fwd") and can_be_captured("torch_math", SMALL, "bwd")
+    assert can_be_captured("fused", dropped, "bwd")
+
+
 def test_flex_attention_has_our_masks_and_biases_and_no_backward_on_a_cpu() -> None:
     case = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=40, seqlen_k=50, head_dim=16, window=(20, 3), softcap=3.0)
     case = dataclasses.replace(case, bias="1h1k", alibi="h", softmax_scale=0.3)
