@@ -32,8 +32,8 @@ class Call:
             for name, x in options(inputs).items()
         }
         self._options = implementation.prepare(*self._qkv, **given)
-        # A captured backward of PyTorch's efficient kernel reads its forward's random state through a pointer: an illegal
-        # memory access, since that is the host's unless the forward was captured, too.
+        # A captured backward of PyTorch's efficient kernel reads its forward's random state through a pointer: that of
+        # the host, an illegal memory access, unless the forward was captured, too.
         draws = implementation.draws_own_bits and given.get("dropout_p", 0.0) > 0
         self.can_be_captured = not (draws and problem.direction == "bwd")
         self._leaves = (*self._qkv, *(given[name] for name in problem.extra_gradients))
