@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     __syncthreads(); // what the threads tell each other is there
     if constexpr (kModified) unit = 1.44269504f * smem.rule.unit;
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
-        const auto &keys = smem.keys[warp]; // read where they are used
+        const auto keys = smem.keys[warp];
         const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
         // V goes out between the products of S, and the next turn's K, where a pair shares rows and S takes most of what
         // shared memory gives, between the first of O. V is the next turn's, too, or with one stage this one's. Zeros after
