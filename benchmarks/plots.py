@@ -35,7 +35,7 @@ _STYLES = {
     "megatron": ("#B8A600", "d", ":"),
 }
 _KIND_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LEGEND_INCHES = 1.65  # of one entry
+_LEGEND_INCHES, _LETTER_INCHES = 0.55, 0.08  # of an entry of the legend: its marker and space, a letter
 _GROUP_WIDTH = 0.8  # of the distance between groups of bars
 _FAR_APART = 20  # times: on a linear axis the smaller could not be read
 PASS_TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward", "decode": "decoding"}
@@ -170,7 +170,8 @@ def save(fig: Figure, path: Path) -> Path:
         label: handle for axes in fig.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        ncols = min(7, len(handles), int(fig.get_figwidth() / _LEGEND_INCHES))
+        inches = _LEGEND_INCHES + _LETTER_INCHES * max(map(len, handles))
+        ncols = min(7, len(handles), max(1, int(fig.get_figwidth() / inches)))
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)

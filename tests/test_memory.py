@@ -97,5 +97,6 @@ def test_a_call_on_the_gpu_keeps_no_memory() -> None:
         torch.autograd.grad(flash_attention(q, k, v, causal=True, dropout_p=0.1).sum(), (q, k, v))
         return torch.cuda.memory_allocated()
 
-    first = attend()
-    assert [attend() for _ in range(10)] == [first] * 10
+    # The smallest of each: a thread of autograd's may free a call's gradients only after the reading.
+    before, after = (min(attend() for _ in range(5)) for _ in range(2))
+    assert after == before
