@@ -232,7 +232,6 @@ def test_a_backward_whose_bits_a_peer_drew_is_not_captured() -> None:
     dropped = dataclasses.replace(SMALL, dropout_p=0.125)
 
     def can_be_captured(name: str, case: Case, direction: str) -> bool:
-        problem = Problem(case, direction, "cpu")
         problem = Problem(case, direction)
         return Call(implementations.find(name), problem, problem.inputs()).can_be_captured
 

@@ -12,7 +12,7 @@ struct Divisor { // of numerators from 0 to 2^31 - 1
 
     constexpr explicit Divisor(uint32_t value_) : value(value_), multiplier(0), shift(0) {
         if (value < 2) return;
-        while (value - 1 >> (shift + 1)) ++shift; // 2^shift < value <= 2^(shift + 1)
+        while (shift < 31 && value - 1 >> (shift + 1)) ++shift; // 2^shift < value <= 2^(shift + 1)
         multiplier = static_cast<uint32_t>(((uint64_t(1) << (32 + shift)) + value - 1) / value);
     }
     FA_HOST_DEVICE constexpr int quotient(int n) const {
@@ -25,6 +25,7 @@ static_assert(Divisor(1).quotient(5) == 5 && Divisor(2).quotient(5) == 2 &&
 static_assert(Divisor(7).quotient(6) == 0 && Divisor(7).quotient(7) == 1 && Divisor(641).quotient(640) == 0);
 static_assert(Divisor(65537).quotient(INT32_MAX) == 32767 && Divisor(65537).quotient(65537 * 32767 - 1) == 32766);
 static_assert(Divisor(INT32_MAX).quotient(INT32_MAX) == 1 && Divisor(INT32_MAX).quotient(INT32_MAX - 1) == 0);
+static_assert(Divisor(0xFFFFFFFF).quotient(INT32_MAX) == 0 && Divisor(0x80000001).quotient(INT32_MAX) == 0);
 static_assert(Divisor(1 << 30).quotient(INT32_MAX) == 1 && Divisor((1 << 30) + 1).quotient(1 << 30) == 0);
 
 #endif

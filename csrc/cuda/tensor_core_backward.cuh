@@ -116,8 +116,8 @@ struct BackwardTile {
 };
 
 // Of blocks: sections of heads, then keys, then heads. The device holds four blocks (or all) of each head of a section at a
-// time: enough to share Q, dO and dQ' in the L2 cache; more would wait longer for each other, and with more sections the
-// longest blocks of causal heads would start later.
+// time, or more where fewer heads are to share the L2 cache: enough to share Q, dO and dQ' there. More would wait longer for each
+// other, and with more sections the longest blocks of causal heads would start later.
 struct BackwardOrder {
     unsigned section, n_blocks;
     int heads, heads_kv, group; // heads: those of keys, of all sequences; group: heads_q / heads_kv
@@ -616,8 +616,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             float slope_sum = 0, position0 = 0, distance0 = 0; // of this thread's first query, and to its first key
             if constexpr (kModified) {
                 caps = forward.softcap > 0;
-                position0 = static_cast<float>(now_m0 + pair_row + len_k - len_q);
-                distance0 = position0 - static_cast<float>(key0 + key_warp * T::kWarpKeys + lane / 4);
+                const int position = now_m0 + pair_row + len_k - len_q; // floats of a difference: both may be large
+                position0 = static_cast<float>(position);
+                distance0 = static_cast<float>(position - key0 - key_warp * T::kWarpKeys - lane / 4);
             }
             const auto place_store = place_of_ds();
             if constexpr (kFloat) {
@@ -898,6 +899,7 @@ __global__ void __launch_bounds__(T::kThreads)
             for (int step = 4; step < 32; step *= 2) sum[j][e] += __shfl_xor_sync(~0u, sum[j][e], step);
             if (lane < 4) smem.sums[warp][8 * j + lane * 2 + e] = sum[j][e];
         }
+    cp_async_commit();  // Q's, where no key was visible
     cp_async_wait<0>(); // no copy outlives its block
     __syncthreads();    // all warps' sums are there
     if (!has_row || own_lse == infinity(0.0f)) return;

@@ -577,7 +577,9 @@ static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
     const int64_t m_blocks = fa_ceil_div(args->seqlen_q, T::kBlockM);
     // Where rows are unequally long: the longest of many heads first. Else head by head.
     const int64_t fitting = fa_clamp(kSectionBytes / fa_max(head_bytes, 1) * group, group, fa_max(heads, 1));
-    const int64_t section = fa_has_unequal_rows(args) ? fa_max(fitting, 1) : 1;
+    if (heads == 0 || m_blocks == 0) return FA_OK;
+    const int64_t most = fa_has_unequal_rows(args) ? fa_max(fitting, 1) : 1;
+    const int64_t section = fa_ceil_div(heads, fa_ceil_div(heads, most)); // alike
     const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
     const ForwardPlan plan = {divisor(section),
                               divisor(section * m_blocks),
