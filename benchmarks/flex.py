@@ -12,6 +12,8 @@ import torch._functorch.config
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from .problem import renamed
+
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
@@ -39,8 +41,7 @@ def prepare(
     **options: Any,
 ) -> dict[str, Any]:
     """The options as FlexAttention's score_mod and block mask."""
-    if unknown := options.keys() - {"seed"}:
-        raise NotImplementedError(f"FlexAttention has no {', '.join(sorted(unknown))}")
+    renamed(options, {}, "FlexAttention")  # all that it has are named above
     if q.device.type == "cpu" and any(x is not None and x.requires_grad for x in (q, k, v, bias, alibi_slopes)):
         raise NotImplementedError("FlexAttention has no backward on a CPU")
     (batch, heads, seqlen_q, _), (heads_kv, seqlen_k) = q.shape, k.shape[1:3]

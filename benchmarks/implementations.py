@@ -20,6 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from flash_attention.reference import standard_attention
 
 from . import flex
+from .problem import renamed
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -73,7 +74,7 @@ def _ours(impl: str) -> Implementation:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> Tensor:
     """F.scaled_dot_product_attention; its own is_causal is aligned top-left, ours bottom-right."""
     known = {"softmax_scale": "scale", "dropout_p": "dropout_p", "bias": "attn_mask"}
-    kwargs = _renamed(options, known, "PyTorch's SDPA")
+    kwargs = renamed(options, known, "PyTorch's SDPA")
     if causal and q.shape[2] > 1:  # one query sees every key
         if q.shape[2] == k.shape[2]:
             kwargs["is_causal"] = True
@@ -82,19 +83,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: A
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
 
 
-def _renamed(options: dict[str, Any], known: dict[str, str], who: str) -> dict[str, Any]:
-    """The options in a peer's words. A seed is dropped: peers draw bits of their own."""
-    if unknown := options.keys() - known - {"seed"}:
-        raise NotImplementedError(f"{who} has no {', '.join(sorted(unknown))}")
-    return {known[name]: value for name, value in options.items() if name != "seed"}
-
-
 def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> Tensor:
     """PyTorch's flash kernel over packed sequences; its causal mask is aligned as ours."""
     if q.device.type == "cpu" or varlen_attn is None:
         raise NotImplementedError("PyTorch's varlen_attn needs a GPU and PyTorch 2.11")
     lengths = [options.pop(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
-    kwargs = _renamed(options, {"softmax_scale": "scale"}, "PyTorch's varlen_attn")
+    kwargs = renamed(options, {"softmax_scale": "scale"}, "PyTorch's varlen_attn")
     return varlen_attn(q, k, v, *lengths, window_size=(-1, 0 if causal else -1), **kwargs)
 
 

@@ -112,3 +112,11 @@ def options(inputs: Inputs) -> dict[str, Any]:
     asked = {name: value for name, value in inputs.options.items() if name not in plain or value != plain[name]}
     lengths = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), inputs.args[3:], strict=False))  # none unless packed
     return asked | lengths | inputs.max_seqlens
+
+
+def renamed(asked: dict[str, Any], known: dict[str, str], who: str) -> dict[str, Any]:
+    """The options in a peer's words; NotImplementedError for one that it has no word for. A seed is dropped: peers draw
+    bits of their own."""
+    if unknown := asked.keys() - known - {"seed"}:
+        raise NotImplementedError(f"{who} has no {', '.join(sorted(unknown))}")
+    return {known[name]: value for name, value in asked.items() if name != "seed"}
