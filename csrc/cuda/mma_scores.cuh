@@ -8,44 +8,100 @@
 #ifndef FA_MMA_SCORES_CUH
 #define FA_MMA_SCORES_CUH
 
+#include <cmath>
+
 #include "cuda/mma_tile.cuh"
 #include "cuda/ptx/global.cuh"
 #include "cuda/scores.cuh"
 
-// tanh u = u (c0 + c1 u^2 + c2 u^4 + c3 u^6) within 2.4e-7 of itself where u^2 <= 0.2 (minimax). The cubic falls
-// everywhere, and kCapNear makes it 0.5 at u^2 = 0.2: the exponent of what comes out tells whether u was near enough.
+// tanh u = u (c0 + c1 u^2 + c2 u^4 + c3 u^6) within 2.4e-7 of itself where u^2 <= 0.2 (minimax).
 constexpr float kCap0 = 0.99999977f, kCap1 = -0.33329601f, kCap2 = 0.13238584f, kCap3 = -0.046116037f;
-constexpr float kCapNear = 0.5329f, kCapNearer = 0.50015f; // of c0 + c1 u^2 alone: 0.5 at u^2 = 0.0009
+constexpr float kCapNear = 0.447f, kCapNearer = 0.03f; // the latter where c0 + c1 u^2 has to do
 
-// What modifies the scores of a head. A kernel keeps it in shared memory, where it takes no registers between its uses.
-struct MmaScoreRule : ScoreRule<float> {
-    float inner;   // the unit of products, or of those that went through the softcap
-    float unit;    // of what modify_scores leaves; positive, so that the largest entry is the largest score
-    float cap_in;  // softcap: score = softcap tanh(cap_in * product)
-    float cap_out; // tanh in `inner`
-    float cap[4];  // the cubic in the square of the product, times kCapNear
-    uint32_t dropout_rest, dropout_either;   // of keep_masks
-    alignas(16) uint32_t dropout_keys[4][4]; // of Philox's rounds, two each
+// What a kernel compiles in, besides products. Most models have one of these, if any, and a kernel of few branches has
+// registers to spare and fits the instruction cache: there are kernels of each alone, and one of all.
+enum ScoreFeatures : unsigned {
+    kProducts = 0,
+    kSoftcap = 1,
+    kSlopes = 2,
+    kBias = 4, // alone: one that is staged through shared memory
+    kDropout = 8,
+    kAnyFeature = 31, // and a softmax_scale that is not positive, a bias of any strides, d_alibi_slopes
+};
 
-    __device__ MmaScoreRule(const fa_forward_args &args, const fa_sequence &seq, int64_t b, int64_t h)
-        : ScoreRule<float>(args, seq, b, h) {
-        const float scale = static_cast<float>(args.softmax_scale);
-        cap_in = scale * softcap_inverse;
+// Whether a bias of 16 bits has rows made of 16 bytes, aligned: it goes through shared memory.
+static inline bool has_whole_rows(const fa_bias &bias, fa_dtype dtype) {
+    const int64_t strides = bias.stride_b | bias.stride_h | bias.stride_q;
+    return bias.data && bias.dtype == dtype && fa_dtype_bytes(dtype) == 2 && bias.stride_k == 1 && strides % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
+}
+
+// The least that a kernel has to compile in.
+static inline unsigned score_features(const fa_forward_args &args) {
+    const unsigned features = (args.softcap > 0 ? kSoftcap : 0u) | (args.alibi_slopes.data ? kSlopes : 0u) |
+                              (args.bias.data ? kBias : 0u) | (args.dropout_p > 0 ? kDropout : 0u);
+    const bool are_many = features & (features - 1), has_any_bias = args.bias.data && !has_whole_rows(args.bias, args.dtype);
+    return are_many || has_any_bias || static_cast<float>(args.softmax_scale) <= 0 ? kAnyFeature : features;
+}
+
+// Whether a kernel of kFeatures meets one of them in a launch that has it or not.
+template <unsigned kFeatures, unsigned kFeature>
+__device__ __forceinline__ constexpr bool meets(bool has_it) {
+    return (kFeatures & kFeature) && (kFeatures == kFeature || has_it);
+}
+
+// What modifies the scores of all heads: the host knows it. As a parameter of a kernel it takes no registers, and whether
+// to do a step costs no wait for shared memory.
+struct MmaScorePlan {
+    bool caps, has_slopes, has_bias, drops;
+    bool flips;      // softmax_scale is not positive: the largest product is not the largest score
+    float unit;      // of what modify_scores leaves; positive, so that the largest entry is the largest score
+    float inner;     // softmax_scale: of products, and of those that went through the softcap, too
+    float cap_in;    // softcap: score = softcap tanh(cap_in * product) = inner * cap_out * tanh
+    float cap_out;   // 1 / cap_in
+    float cap_slope; // the derivative by the score before: 1 + cap_slope * (cap_out * tanh)^2
+    float cap_near;  // the largest product that the cubic is for
+    float cap[4];    // the cubic in the square of the product
+    uint32_t dropout_offset, dropout_rest, dropout_either; // the latter two of keep_masks
+
+    explicit MmaScorePlan(const fa_forward_args &args)
+        : caps(args.softcap > 0), has_slopes(args.alibi_slopes.data), has_bias(args.bias.data),
+          drops(fa_dropout_threshold(args.dropout_p) != 0), dropout_offset(args.dropout_offset) {
+        inner = static_cast<float>(args.softmax_scale);
+        flips = inner <= 0;
+        cap_in = caps ? inner * static_cast<float>(1 / args.softcap) : 0;
+        cap_out = cap_in == 0 ? 0 : 1 / cap_in;
         const float square = cap_in * cap_in;
         const bool tiny = square < 1e-12f; // its cube would be subnormal
-        const float near = tiny ? kCapNearer : kCapNear;
-        cap_out = cap_in == 0 ? 0 : near / cap_in;
-        cap[0] = near * kCap0;
-        cap[1] = near * kCap1 * square;
-        cap[2] = tiny ? 0 : near * kCap2 * square * square;
-        cap[3] = tiny ? 0 : near * kCap3 * square * square * square;
-        inner = softcap > 0 ? scale / near : scale;
-        unit = slope != 0 || bias || inner <= 0 ? 1.0f : inner;
-        dropout_rest = dropout_threshold > 0xFFFF ? 0 : (0x8000 - (dropout_threshold & 0x7FFF)) * 0x10001u;
-        dropout_either = dropout_threshold < 0x8000 ? ~0u : 0;
-        uint32_t key0 = static_cast<uint32_t>(dropout_seed), key1 = static_cast<uint32_t>(dropout_seed >> 32);
-        for (int round = 0; round < 8; ++round) {
-            dropout_keys[round / 2][round % 2 * 2] = key0, dropout_keys[round / 2][round % 2 * 2 + 1] = key1;
+        cap_slope = -square;
+        cap_near = cap_in == 0 ? INFINITY : (tiny ? kCapNearer : kCapNear) / std::fabs(cap_in);
+        cap[0] = kCap0;
+        cap[1] = kCap1 * square;
+        cap[2] = tiny ? 0 : kCap2 * square * square;
+        cap[3] = tiny ? 0 : kCap3 * square * square * square;
+        unit = has_slopes || has_bias || flips ? 1.0f : inner;
+        const uint32_t threshold = fa_dropout_threshold(args.dropout_p);
+        dropout_rest = threshold > 0xFFFF ? 0 : (0x8000 - (threshold & 0x7FFF)) * 0x10001u;
+        dropout_either = threshold < 0x8000 ? ~0u : 0;
+    }
+};
+
+// The same of one head. A kernel keeps it in shared memory, where it takes no registers between its uses.
+struct MmaScoreRule {
+    int64_t bias_at; // index of bias (b, h, 0, 0)
+    int offset;      // query i stands at key position i + offset
+    float slope;
+    uint32_t dropout_head;
+    alignas(8) uint32_t dropout_keys[kPhiloxRounds][2];
+
+    __device__ MmaScoreRule(const fa_forward_args &args, const fa_sequence &seq, int64_t b, int64_t h)
+        : bias_at(b * args.bias.stride_b + h * args.bias.stride_h), offset(static_cast<int>(seq.len_k - seq.len_q)),
+          slope(args.alibi_slopes.data ? load_per_head<float>(args.alibi_slopes, b, h) : 0.0f),
+          dropout_head(static_cast<uint32_t>(b * args.heads_q + h)) {
+        const uint64_t seed = args.dropout_p > 0 ? static_cast<uint64_t>(*args.dropout_seed) : 0;
+        uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+        for (auto &keys : dropout_keys) {
+            keys[0] = key0, keys[1] = key1;
             fa_philox_next_key(&key0, &key1);
         }
     }
@@ -80,33 +136,31 @@ __device__ __forceinline__ void hide_scores(float (&acc)[kMTiles][kNTiles][4], c
     }
 }
 
-// Eight products, in `inner` after it: tanh's cubic where all are near, under 6 instructions an entry with the test, else
-// tanh = 1 - 2 / (1 + e^2u), which would cancel there.
-template <typename Element>
-__device__ __forceinline__ void cap_products(float (&left)[4], float (&right)[4], const MmaScoreRule &rule) {
-    constexpr uint32_t kHalf = 0x3F000000; // bits that the exponents of [0.5, 1] share; no smaller one has all of them
+// acc = cap_out tanh(cap_in acc): by the cubic where all of a warp's entries are near, under 6 instructions each with the
+// test, else tanh = 1 - 2 / (1 + e^2u), which would cancel there.
+template <typename Element, int kMTiles, int kNTiles>
+__device__ __forceinline__ void cap_products(float (&acc)[kMTiles][kNTiles][4], const MmaScorePlan &plan) {
     const auto each = [&](const auto &body) {
-#pragma unroll
-        for (int entry = 0; entry < 8; ++entry) body(entry < 4 ? left[entry] : right[entry - 4], entry);
+        each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) { body(acc[i][j][entry], entry); });
     };
     if (sizeof(Element) == 4) {
-        each([&](float &x, int) { x = rule.cap_out * tanhf(rule.cap_in * x); });
+        each([&](float &x, int) { x = plan.cap_out * tanhf(plan.cap_in * x); });
         return;
     }
-    float cubic[8];
-    uint32_t bits = ~0u;
-    each([&](float &x, int n) {
-        const float square = x * x, rest = fmaf(square, fmaf(square, rule.cap[3], rule.cap[2]), rule.cap[1]);
-        cubic[n] = fma_saturate(square, rest, rule.cap[0]);
-        bits &= __float_as_uint(cubic[n]);
-    });
-    if ((bits & kHalf) == kHalf) {
-        each([&](float &x, int n) { x *= cubic[n]; });
+    const auto cubic = [&](float x) {
+        const float square = x * x;
+        const float rest = fmaf(square, fmaf(square, plan.cap[3], plan.cap[2]), plan.cap[1]);
+        return x * fmaf(square, rest, plan.cap[0]);
+    };
+    float most[4] = {}; // four maxima wait less for each other than one
+    each([&](float &x, int entry) { most[entry] = fmaxf(most[entry], fabsf(x)); });
+    if (__all_sync(~0u, fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) <= plan.cap_near)) {
+        each([&](float &x, int) { x = cubic(x); });
     } else {
-        each([&](float &x, int n) {
-            const float exp_2u = ex2_approx(fabsf(x) * (fabsf(rule.cap_in) * 2.88539008f));
-            const float tanh = copysignf(fmaf(-2.0f, rcp_approx(exp_2u + 1), 1.0f), x * rule.cap_in);
-            x = cubic[n] >= 0.5f ? x * cubic[n] : tanh * rule.cap_out;
+        each([&](float &x, int) {
+            const float exp_2u = ex2_approx(fabsf(x) * (fabsf(plan.cap_in) * 2.88539008f));
+            const float tanh = copysignf(fmaf(-2.0f, rcp_approx(exp_2u + 1), 1.0f), x * plan.cap_in);
+            x = fabsf(x) <= plan.cap_near ? cubic(x) : tanh * plan.cap_out;
         });
     }
 }
@@ -236,42 +290,35 @@ struct StagedBias {
     }
 };
 
-// acc = the scores, in rule.unit, from products q.k. capped_slope(i, j, entry, slope) hears of the softcap's derivative.
+// acc = the scores, in plan.unit, from products q.k. capped_slope(i, j, entry, slope) hears of the softcap's derivative.
 // Where the bias is not staged it comes from global memory.
-template <typename Element, bool kTransposed, typename Tile, int kMTiles, int kNTiles, typename Hear>
+template <unsigned kFeatures, typename Element, bool kTransposed, typename Tile, int kMTiles, int kNTiles, typename Hear>
 __device__ __forceinline__ void modify_scores(float (&acc)[kMTiles][kNTiles][4], const fa_forward_args &args,
-                                              const fa_sequence &seq, const MmaScoreRule &rule, int64_t query0,
-                                              int64_t key0, const Hear &capped_slope, const StagedBias<Tile> staged) {
-    float inner = rule.inner;
-    if (rule.softcap > 0) {
-        const float square = rule.cap_out == 0 ? 0 : 1 / (rule.cap_out * rule.cap_out);
-#pragma unroll
-        for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < kNTiles; j += 2) {
-                cap_products<Element>(acc[i][j], acc[i][j + 1], rule);
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    const float x = acc[i][j + n / 4][n % 4];
-                    capped_slope(i, j + n / 4, n % 4, fmaf(x * x, -square, 1.0f));
-                }
-            }
+                                              const fa_sequence &seq, const MmaScorePlan &plan,
+                                              const MmaScoreRule &rule, int64_t query0, int64_t key0,
+                                              const Hear &capped_slope, const StagedBias<Tile> staged) {
+    if (meets<kFeatures, kSoftcap>(plan.caps)) {
+        cap_products<Element>(acc, plan);
+        each_entry<kTransposed, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
+            const float x = acc[i][j][entry];
+            capped_slope(i, j, entry, fmaf(x * x, plan.cap_slope, 1.0f));
+        });
     }
-    if (rule.slope != 0) {
-        add_distance<kTransposed>(acc, inner, rule.slope, static_cast<float>(query0 + rule.offset - key0));
-        inner = 1;
-    }
-    if (rule.bias) {
+    const bool has_slopes = meets<kFeatures, kSlopes>(plan.has_slopes), has_bias = meets<kFeatures, kBias>(plan.has_bias);
+    if (has_slopes)
+        add_distance<kTransposed>(acc, plan.inner, rule.slope, static_cast<float>(query0 + rule.offset - key0));
+    const float inner = has_slopes ? 1.0f : plan.inner;
+    if (has_bias && (kFeatures == kBias || staged.is_there)) {
+        staged.template add_to<kTransposed>(acc, inner);
+    } else if (kFeatures == kAnyFeature && has_bias) {
         const int64_t at = rule.bias_at + query0 * args.bias.stride_q + key0 * args.bias.stride_k;
         const int queries = static_cast<int>(fa_clamp(seq.len_q - query0, 0, 1 << 20)); // from query0 on
         const int keys = static_cast<int>(fa_clamp(seq.len_k - key0, 0, 1 << 20));
-        if (staged.is_there)
-            staged.template add_to<kTransposed>(acc, inner);
-        else if (args.bias.dtype == FA_FLOAT32)
+        if (args.bias.dtype == FA_FLOAT32)
             add_bias<float, kTransposed>(acc, inner, args.bias, at, queries, keys);
         else
             add_bias<Element, kTransposed>(acc, inner, args.bias, at, queries, keys);
-    } else if (inner <= 0) {
+    } else if (kFeatures == kAnyFeature && plan.flips && !has_slopes) {
         each_entry<kTransposed, kMTiles, kNTiles>(
             [&](int, int, int i, int j, int entry) { acc[i][j][entry] *= inner; });
     }
@@ -281,60 +328,50 @@ __device__ __forceinline__ void modify_scores(float (&acc)[kMTiles][kNTiles][4],
 // A thread's eight entries of a 16 x 16 tile of scores, two accumulators side by side, are a group of philox.h; word n of
 // its call holds the pair n = 2 (side) + half that from_scores packs into word n of an A. Transposed, they belong to two groups.
 
-// Each half of word n: all its bits set where dropout keeps that entry of the pair n of the group that this thread holds in
-// the tile that starts at (query0, key0), multiples of 16.
-__device__ __forceinline__ void keep_masks(uint32_t (&words)[4], const MmaScoreRule &rule, int query0, int key0) {
+// Each half of word n of tile i: all its bits set where dropout keeps that entry of the pair n of the group that this thread
+// holds in the tile that starts at (query0 + 16 i, key0), multiples of 16.
+template <int kTiles>
+__device__ __forceinline__ void keep_masks(uint32_t (&words)[kTiles][4], const MmaScorePlan &plan,
+                                           const MmaScoreRule &rule, int query0, int key0) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    words[0] = static_cast<uint32_t>(query0 / 2 + lane / 4); // fa_dropout_row_word(query0 + lane / 4)
-    words[1] = static_cast<uint32_t>(key0 / 4 + lane % 4);   // fa_dropout_col_word(key0 + lane % 4 * 2)
-    words[2] = rule.dropout_head, words[3] = rule.dropout_offset;
 #pragma unroll
-    for (int round = 0; round < kPhiloxRounds; round += 2) {
-        uint32_t keys[4];
-        load_shared_4(keys, shared_address(rule.dropout_keys[round / 2]));
-        fa_philox_round(words, keys[0], keys[1]);
-        if (round + 1 < kPhiloxRounds) fa_philox_round(words, keys[2], keys[3]);
+    for (int i = 0; i < kTiles; ++i) {
+        words[i][0] = static_cast<uint32_t>(query0 / 2 + 8 * i + lane / 4); // fa_dropout_row_word(query0 + lane / 4)
+        words[i][1] = static_cast<uint32_t>(key0 / 4 + lane % 4);           // fa_dropout_col_word(key0 + lane % 4 * 2)
+        words[i][2] = rule.dropout_head, words[i][3] = plan.dropout_offset;
+    }
+#pragma unroll
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        const uint2 keys = *reinterpret_cast<const uint2 *>(rule.dropout_keys[round]);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) fa_philox_round(words[i], keys.x, keys.y); // each waits for its products
     }
     // field >= threshold: the carry out of 15 bits, and or or the 16th bit
-    const uint32_t rest = rule.dropout_rest, either = rule.dropout_either;
+    const uint32_t rest = plan.dropout_rest, either = plan.dropout_either;
 #pragma unroll
-    for (uint32_t &word : words) {
-        const uint32_t carry = (word & 0x7FFF7FFF) + rest;
-        word = sign_halves((word & carry) | (word & either) | (carry & either));
-    }
-}
-
-// P = 0 where dropout takes it, in the A that from_scores made of the tile at (query0, key0).
-template <typename A>
-__device__ __forceinline__ void drop(A &p, const MmaScoreRule &rule, int query0, int key0) {
-    uint32_t masks[4];
-    keep_masks(masks, rule, query0, key0);
+    for (auto &of_tile : words)
 #pragma unroll
-    for (int n = 0; n < 4; ++n) p.x[n] &= masks[n];
-}
-
-// The same for P in float32, before it is split.
-__device__ __forceinline__ void drop(float (&left)[4], float (&right)[4], const MmaScoreRule &rule, int query0,
-                                     int key0) {
-    uint32_t masks[4];
-    keep_masks(masks, rule, query0, key0);
-#pragma unroll
-    for (int entry = 0; entry < 8; ++entry)
-        if (!(masks[entry / 2] & (entry % 2 ? 0x80000000 : 0x8000))) (entry < 4 ? left[entry] : right[entry - 4]) = 0;
+        for (uint32_t &word : of_tile) {
+            const uint32_t carry = (word & 0x7FFF7FFF) + rest;
+            word = sign_halves((word & carry) | (word & either) | (carry & either));
+        }
 }
 
 // Transposed: which entries of kTiles tiles of 16 x 16 are kept, tile n at (query0 + 16 n, key0). Bit 16 e + 4 n + 2 half +
 // side is entry 2 half + e of accumulator `side`. By all lanes of a warp.
 template <int kTiles>
-__device__ __forceinline__ uint32_t kept_transposed(const MmaScoreRule &rule, int query0, int key0) {
-    static_assert(kTiles <= 4, "16 bits for each of two columns");
+__device__ __forceinline__ uint32_t kept_transposed(const MmaScorePlan &plan, const MmaScoreRule &rule, int query0,
+                                                    int key0) {
+    static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4, "two tiles at a time, 16 bits for each of two columns");
+    constexpr int kBeside = kTiles < 2 ? 1 : 2;
     uint32_t kept = 0; // of this thread's own groups: bit 16 (key % 2) + 4 n + 2 (key / 8) + query / 8
 #pragma unroll
-    for (int n = kTiles - 1; n >= 0; --n) {
-        uint32_t masks[4];
-        keep_masks(masks, rule, query0 + 16 * n, key0);
+    for (int n = kTiles - kBeside; n >= 0; n -= kBeside) {
+        uint32_t masks[kBeside][4];
+        keep_masks(masks, plan, rule, query0 + 16 * n, key0);
 #pragma unroll
-        for (int word = 3; word >= 0; --word) kept = (kept << 1 & 0xFFFEFFFE) | (masks[word] & 0x10001);
+        for (int word = 4 * kBeside - 1; word >= 0; --word)
+            kept = (kept << 1 & 0xFFFEFFFE) | (masks[word / 4][word % 4] & 0x10001);
     }
     // Key g and queries 2t, 2t + 1 of this lane 4 g + t: rows 2t, 2t + 1 of the groups, in columns g / 2.
     const int lane = static_cast<int>(threadIdx.x) % 32, from = lane % 4 * 8 + lane / 8;

@@ -157,4 +157,17 @@ struct TileCopy {
     }
 };
 
+// words[n] of lane t of four becomes words[t] of lane n.
+__device__ __forceinline__ void transpose_quads(uint32_t (&words)[4]) {
+    const bool is_odd = threadIdx.x & 1, is_upper = threadIdx.x & 2;
+    const auto exchange = [&](bool has_first, int step, uint32_t &first, uint32_t &second) {
+        const uint32_t other = __shfl_xor_sync(~0u, has_first ? first : second, step);
+        (has_first ? first : second) = other;
+    };
+    exchange(is_odd, 1, words[0], words[1]);
+    exchange(is_odd, 1, words[2], words[3]);
+    exchange(is_upper, 2, words[0], words[2]);
+    exchange(is_upper, 2, words[1], words[3]);
+}
+
 #endif

@@ -31,7 +31,7 @@
 #include "cuda/ptx/sync.cuh"
 
 // bytes not NULL: only tells the workspace.
-fa_status fa_tensor_core_backward_f32(const fa_backward_args *args, bool modified, size_t *bytes);
+fa_status fa_tensor_core_backward_f32(const fa_backward_args *args, size_t *bytes);
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kDqCacheBytes = 32 << 20; // Q, dO and dQ' of the heads that run together: of an H200's L2 cache
@@ -59,6 +59,8 @@ __device__ __forceinline__ int64_t first_query_block(const fa_forward_args &args
     return args.cu_seqlens_q ? seq.row_q / kBlockM + b : b * fa_ceil_div(args.seqlen_q, kBlockM);
 }
 
+struct Nothing {};
+
 template <typename Element_, int kDim_, int kKeyWarps_, int kHalves_, int kMTiles_, int kBlockM_, int kBlocksPerSm_>
 struct BackwardTile {
     using Element = Element_;
@@ -76,13 +78,9 @@ struct BackwardTile {
     struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
         std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
     };
-    struct Modified {
-        Fragments cap[kKeyWarps][kHalves]; // slopes of the softcap
-        MmaScoreRule rules[3];             // of query heads: this turn's and the next one's
-        double slopes[2][kWarps];          // sums of dS and distances, of the last head and the one before
-    };
-    struct Nothing {};
-    using BiasTile = SwizzledTile<Element, 8, 64>; // none is staged
+    template <bool kIsThere, typename Member>
+    using Where = std::conditional_t<kIsThere, Member, Nothing>;
+    using BiasTile = SwizzledTile<Element, kBlockM, kBlockN % 32 ? 64 : kBlockN>; // tiles of 16 keys stage none
     // What a turn reads and adds to: made a turn ahead by one thread, from the turn before.
     struct alignas(16) Turn {
         const char *q, *d_o; // row m0
@@ -100,7 +98,7 @@ struct BackwardTile {
         int whole_lo, whole_hi; // rows that see all keys
         int edge;               // row m0 sees keys from max(m0 + edge, 0) on
     };
-    template <bool kModified>
+    template <unsigned kFeatures>
     struct Smem {
         SwizzledTile<Element, kBlockN, kDim> k, v; // dK, dV at the end
         SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
@@ -111,7 +109,10 @@ struct BackwardTile {
         Turn turns[8];                          // of which five are in use
         Walk walk;
         Step steps[2]; // inner, outer
-        std::conditional_t<kModified, Modified, Nothing> modified;
+        Where<kFeatures != kProducts, MmaScoreRule[3]> rules;              // of query heads: this turn's, the next one's
+        Where<(kFeatures & kSoftcap) != 0, Fragments[kKeyWarps][kHalves]> cap; // slopes of the softcap
+        Where<kFeatures == kBias, BiasTile> bias;                          // of a turn
+        Where<kFeatures == kAnyFeature, double[2][kWarps]> slopes; // sums of dS and distances, of the last two heads
     };
 };
 
@@ -121,19 +122,22 @@ struct BackwardTile {
 struct BackwardOrder {
     unsigned section, n_blocks;
     int heads, heads_kv, group; // heads: those of keys, of all sequences; group: heads_q / heads_kv
+    bool stores_d_bias;         // d_bias is dS: no axis is summed
 };
 
-template <typename T, bool kModified>
+template <typename T, unsigned kFeatures>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     tensor_core_backward(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan,
-                         const __grid_constant__ QueryGradient dq, const __grid_constant__ BackwardOrder order) {
+                         const __grid_constant__ QueryGradient dq, const __grid_constant__ BackwardOrder order,
+                         const __grid_constant__ MmaScorePlan scores) {
     using Element = typename T::Element;
     using M = Mma<Element>;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpQueries / 8, kOTiles = T::kWarpDim / 8;
-    constexpr bool kFloat = T::kFloat;
+    constexpr bool kFloat = T::kFloat, kModified = kFeatures != kProducts, kIsAny = kFeatures == kAnyFeature;
+    constexpr bool kCaps = kFeatures & kSoftcap, kDrops = kFeatures & kDropout;
     static_assert(!kFloat || T::kHalves == 1, "float32: keys of one pair");
     extern __shared__ __align__(1024) unsigned char shared[];
-    auto &smem = *reinterpret_cast<typename T::template Smem<kModified> *>(shared);
+    auto &smem = *reinterpret_cast<typename T::template Smem<kFeatures> *>(shared);
 
     const fa_forward_args &forward = args.forward;
     const unsigned in_section = blockIdx.x % (order.section * order.n_blocks);
@@ -185,7 +189,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (is_outer) {
             next.inner = walk.inner_turns;
             if constexpr (kModified)
-                smem.modified.rules[turn / of_head % 3] = MmaScoreRule(forward, seq, b, h_kv * group + turn / of_head);
+                smem.rules[turn / of_head % 3] = MmaScoreRule(forward, seq, b, h_kv * group + turn / of_head);
         }
         next.q += step.q_bytes, next.d_o += step.d_o_bytes, next.lse += step.lse;
         next.m0 += step.m0, next.sum0 += step.sum0;
@@ -280,15 +284,48 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         while (added < before) added = load_relaxed(counter); // the blocks before have added theirs
         each([](float *at, const float (&x)[4]) { reduce_add_4(at, x[0], x[1], x[2], x[3]); });
     };
+    // d_bias of a turn, where it is dS: 8 queries a warp, 32 keys at a time.
+    const auto store_d_bias = [&](int turn_index) {
+        if constexpr (kFeatures == kBias) {
+            if (!order.stores_d_bias) return;
+            static_assert(T::kBlockM == 8 * T::kWarps);
+            const fa_bias &t = args.d_bias;
+            const int head = h_kv * group + turn_index / of_head;
+            const int row = turn_at(turn_index).m0 + 8 * warp + lane / 4, column = key0 + lane % 4 * 8;
+            auto *at = static_cast<Element *>(t.data) + b * t.stride_b + head * t.stride_h + row * t.stride_q + column;
+#pragma unroll
+            for (int key = 0; key < T::kBlockN; key += 32) {
+                uint32_t words[4];
+                ldmatrix_4_transposed(words, shared_address(smem.ds[turn_index % 2].at(key + lane, warp)));
+                transpose_quads(words);
+                if (row < len_q && column + key < forward.seqlen_k)
+                    *reinterpret_cast<uint4 *>(at + key) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+    };
+
     // After a barrier that all warps came to since the head's last turn.
     const auto store_slopes = [&](int head_index) {
-        if constexpr (kModified) {
+        if constexpr (kIsAny) {
             if (!plan.slope_sums || threadIdx.x != 0) return;
             double sum = 0;
-            for (int w = T::kWarps / 2; w < T::kWarps; ++w) sum += smem.modified.slopes[head_index % 2][w];
+            for (int w = T::kWarps / 2; w < T::kWarps; ++w) sum += smem.slopes[head_index % 2][w];
             plan.slope_sums[(static_cast<int64_t>(b) * forward.heads_q + h_kv * group + head_index) * order.n_blocks +
                             n_block] = sum;
         }
+    };
+
+    const auto staged_bias = [&] { // this warp's part, of a turn
+        if constexpr (kFeatures == kBias)
+            return StagedBias<typename T::BiasTile>{true, &smem.bias, half * T::kWarpQueries, key_warp * T::kWarpKeys};
+        else
+            return StagedBias<typename T::BiasTile>{};
+    };
+    const auto copy_bias = [&](int head_index, int m0) { // by a value warp
+        if constexpr (kFeatures == kBias)
+            staged_bias().template copy<T::kWarpQueries, T::kWarpKeys>(
+                forward.bias, b * forward.bias.stride_b + (h_kv * group + head_index) * forward.bias.stride_h,
+                m0 + half * T::kWarpQueries, len_q, key0 + key_warp * T::kWarpKeys, len_k);
     };
 
     double slope_total = 0;              // of a head, in a key warp: this thread's dS and distances
@@ -304,6 +341,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         copy_q(first).all(smem.q[0]);
         copy_d_o(first).all(smem.d_o[0], plan.has_blind_rows ? first.lse : nullptr);
         copy_row_values(first, 0);
+        if (makes_dv) copy_bias(0, row_last);
         if (keeps_turns) {
             const auto step = [&](int heads, int blocks) -> typename T::Step {
                 const int rows = -blocks * T::kBlockM;
@@ -324,7 +362,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             first.inner = smem.walk.inner_turns;
             complete(first, smem.walk);
             turn_at(0) = first;
-            if constexpr (kModified) smem.modified.rules[0] = MmaScoreRule(forward, seq, b, h);
+            if constexpr (kModified) smem.rules[0] = MmaScoreRule(forward, seq, b, h);
         }
     }
     for (int turn = 0; turn < turns; ++turn) {
@@ -335,15 +373,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         // Q and dO are there, the next turn is described; those of the turn before were read, its dS is there, and dQ' of
         // the one before that.
         __syncthreads();
-        if (kModified && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
-        // The next turn's; where there is none, this one's again. Rules leave no registers for a copy.
+        if (kIsAny && turn > 0 && turn % of_head == 0) store_slopes(turn / of_head - 1);
+        // The next turn's; where there is none, this one's again. All features leave no registers for a copy.
         const int now_m0 = turn_at(turn).m0;
         const bool is_whole = turn_at(turn).is_whole;
-        using Next = std::conditional_t<kModified, const typename T::Turn &, const typename T::Turn>;
+        using Next = std::conditional_t<kIsAny, const typename T::Turn &, const typename T::Turn>;
         Next next = turn_at(min(turn + 1, turns - 1));
         copy_row_values(next, stage ^ 1);
         QueryCopy next_q = copy_q(next);
         if (!makes_dv && turn > 0) add_to_dq(turn - 1);
+        if (turn > 0) store_d_bias(turn - 1);
 
         // S^T, or dP^T, of the warp's keys and the pair's queries.
         float acc_s[kMTiles][kNTiles][4] = {};
@@ -393,7 +432,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
         copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
 
-        const bool wants_slopes = kModified && plan.slope_sums != nullptr;
+        const bool wants_slopes = kIsAny && plan.slope_sums != nullptr;
         const auto place_of_ds = [&] { // of the warp's keys: where a lane stores dS^T
             LanePlace place(smem.ds[stage], key_warp * T::kWarpKeys + lane / 4, kFloat ? lane % 4 / 2 : 0);
             place.address += kFloat ? lane % 2 * 8 : lane % 4 * 4;
@@ -411,7 +450,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll
                     for (int d = begin; d < end; d += 16) M::load_b_transposed(b[d / 16], place_b, 16 * n, d);
                 };
-                constexpr int kFirst = kModified ? 0 : T::kDim < 96 ? T::kDim : 96; // as registers are left
+                constexpr int kFirst = kIsAny ? 0 : T::kDim < 96 ? T::kDim : 96; // as registers are left
                 load(0, kFirst);
                 beside();
                 load(kFirst, T::kDim);
@@ -437,31 +476,37 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             uint32_t kept[kMTiles][T::kWarpQueries / 64 + 1] = {};
             bool drops = false;
             if constexpr (kModified) {
-                const MmaScoreRule &rule = smem.modified.rules[turn / of_head % 3];
+                const MmaScoreRule &rule = smem.rules[turn / of_head % 3];
                 float last_slope = 1;
-                modify_scores<Element, true>(
-                    acc_s, forward, seq, rule, thread_query, thread_key,
+                modify_scores<kFeatures, Element, true>(
+                    acc_s, forward, seq, scores, rule, thread_query, thread_key,
                     [&](int i, int j, int entry, float slope) {
-                        auto &to_pair = smem.modified.cap[key_warp][half].x[j / 2][i];
-                        if constexpr (kFloat) {
-                            reinterpret_cast<float *>(&to_pair[j % 2][lane])[entry] = slope;
-                        } else {
-                            if (entry % 2)
-                                reinterpret_cast<uint32_t *>(&to_pair[0][lane])[j % 2 * 2 + entry / 2] =
-                                    M::round_pair(last_slope, slope);
-                            last_slope = slope;
+                        if constexpr (kCaps) {
+                            auto &to_pair = smem.cap[key_warp][half].x[j / 2][i];
+                            if constexpr (kFloat) {
+                                reinterpret_cast<float *>(&to_pair[j % 2][lane])[entry] = slope;
+                            } else {
+                                if (entry % 2)
+                                    reinterpret_cast<uint32_t *>(&to_pair[0][lane])[j % 2 * 2 + entry / 2] =
+                                        M::round_pair(last_slope, slope);
+                                last_slope = slope;
+                            }
                         }
                     },
-                    StagedBias<typename T::BiasTile>{});
-                natural = rule.unit;
-                drops = rule.dropout_threshold != 0;
+                    staged_bias());
+                if (turn + 1 < turns) {
+                    __syncwarp(); // the bias was read
+                    copy_bias((turn + 1) / of_head, next.m0);
+                }
+                natural = scores.unit;
+                drops = meets<kFeatures, kDropout>(scores.drops);
                 if (drops)
 #pragma unroll
                     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
                         for (int n = 0; n < T::kWarpQueries / 16; n += 4)
                             kept[i][n / 4] = kept_transposed<(T::kWarpQueries < 64 ? T::kWarpQueries / 16 : 4)>(
-                                rule, now_m0 + half * T::kWarpQueries + 16 * n,
+                                scores, rule, now_m0 + half * T::kWarpQueries + 16 * n,
                                 key0 + key_warp * T::kWarpKeys + 16 * i);
             }
             if (!is_whole || (!kFloat && is_far)) {
@@ -500,7 +545,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 const float s = product(p[entry], natural);
                                 p[entry] = exp_of(entry % 2 ? s - lse.y - correction.y : s - lse.x - correction.x);
                                 sent[entry] = p[entry];
-                                if constexpr (kModified) {
+                                if constexpr (kDrops) {
                                     const int bit = entry % 2 * 16 + n % 4 * 4 + entry / 2 * 2 + side;
                                     if (drops && !(kept[i][n / 4] >> bit & 1)) // the key warp knows by the sign
                                         sent[entry] = -p[entry], p[entry] = 0;
@@ -548,7 +593,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         M::from_scores(p[i][n], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
                         uint4 &to_pair = p_fragments.x[n][i][0][lane];
                         to_pair = *reinterpret_cast<const uint4 *>(&p[i][n][0]);
-                        if constexpr (kModified) {
+                        if constexpr (kIsAny) {
                             if (wants_slopes) // what rounding took from P, where dS^T will stand
 #pragma unroll
                                 for (int word = 0; word < 4; ++word) {
@@ -557,6 +602,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                     store_shared(ds_word(place_rest, n, i, word),
                                                  M::round_pair(exact[0] - rounded.x, exact[1] - rounded.y));
                                 }
+                        }
+                        if constexpr (kDrops) {
                             if (drops) { // the key warp knows by the sign
                                 uint32_t *words = p[i][n][0].x, *sent = reinterpret_cast<uint32_t *>(&to_pair);
 #pragma unroll
@@ -591,7 +638,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         for (int i = 0; i < kMTiles; ++i) {
                             *reinterpret_cast<uint4 *>(&a[i]) =
                                 smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][0][lane];
-                            if constexpr (kModified)
+                            if constexpr (kDrops)
 #pragma unroll
                                 for (int word = 0; word < 4; ++word)
                                     a[i].x[word] &= ~sign_halves(a[i].x[word]); // dropped
@@ -612,10 +659,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             if (turn > 0) add_to_dq(turn - 1);
         } else {
             barrier_wait(pair_barrier, 64); // P^T is there, or the first part
-            bool caps = false;
+            const bool caps = meets<kFeatures, kSoftcap>(scores.caps);
             float slope_sum = 0, position0 = 0, distance0 = 0; // of this thread's first query, and to its first key
-            if constexpr (kModified) {
-                caps = forward.softcap > 0;
+            if constexpr (kIsAny) {
                 const int position = now_m0 + pair_row + len_k - len_q; // floats of a difference: both may be large
                 position0 = static_cast<float>(position);
                 distance0 = static_cast<float>(position - key0 - key_warp * T::kWarpKeys - lane / 4);
@@ -633,12 +679,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             float (&dp)[4] = acc_s[i][2 * n + side];
                             const float4 p4 = p_fragments.x[n][i][side][lane];
                             float4 cap4 = make_float4(1, 1, 1, 1);
-                            if constexpr (kModified)
-                                if (caps) cap4 = smem.modified.cap[key_warp][half].x[n][i][side][lane];
+                            if constexpr (kCaps)
+                                if (caps) cap4 = smem.cap[key_warp][half].x[n][i][side][lane];
                             const float p[4] = {p4.x, p4.y, p4.z, p4.w}, cap[4] = {cap4.x, cap4.y, cap4.z, cap4.w};
 #pragma unroll
                             for (int entry = 0; entry < 4; ++entry) {
-                                if constexpr (kModified)
+                                if constexpr (kDrops)
                                     dp[entry] = __float_as_uint(p[entry]) >> 31 ? 0 : dp[entry] * keep;
                                 dp[entry] = fabsf(p[entry]) * (dp[entry] - (entry % 2 ? delta.y : delta.x));
                                 if constexpr (kModified) {
@@ -682,21 +728,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             p[next % 2] = p_fragments.x[next / kMTiles][next % kMTiles][0][lane];
                         const uint32_t words[4] = {p[step % 2].x, p[step % 2].y, p[step % 2].z, p[step % 2].w};
                         uint4 cap = make_uint4(0, 0, 0, 0);
-                        if constexpr (kModified)
-                            if (caps) cap = smem.modified.cap[key_warp][half].x[n][i][0][lane];
+                        if constexpr (kCaps)
+                            if (caps) cap = smem.cap[key_warp][half].x[n][i][0][lane];
                         const uint32_t cap_words[4] = {cap.x, cap.y, cap.z, cap.w};
 #pragma unroll
                         for (int word = 0; word < 4; ++word) { // a row of a tile of 8 columns
                             const float2 delta = word < 2 ? left : right;
                             float2 pair = unpack(words[word], kDtype<Element>);
                             float &dp0 = acc_s[i][2 * n + word / 2][word % 2 * 2], &dp1 = (&dp0)[1];
-                            if constexpr (kModified) {
+                            if constexpr (kDrops) {
                                 dp0 = words[word] & 0x8000 ? 0 : dp0 * keep;
                                 dp1 = words[word] & 0x80000000 ? 0 : dp1 * keep;
                                 pair.x = fabsf(pair.x), pair.y = fabsf(pair.y);
                             }
                             dp0 -= delta.x, dp1 -= delta.y;
-                            if constexpr (kModified) {
+                            if constexpr (kIsAny) {
                                 if (wants_slopes) { // of P unrounded: dS of a row cancels, whatever the distance
                                     const float2 rest =
                                         unpack(load_shared(ds_word(place_store, n, i, word)), kDtype<Element>);
@@ -709,7 +755,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                 }
                             }
                             dp0 *= pair.x, dp1 *= pair.y;
-                            if constexpr (kModified) {
+                            if constexpr (kCaps) {
                                 if (caps) {
                                     const float2 slope = unpack(cap_words[word], kDtype<Element>);
                                     dp0 *= slope.x, dp1 *= slope.y;
@@ -753,12 +799,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                 }
             }
-            if constexpr (kModified) {
+            if constexpr (kIsAny) {
                 if (wants_slopes) {
                     slope_total += slope_sum;
                     if ((turn + 1) % of_head == 0) {
                         for (int step = 16; step > 0; step /= 2) slope_total += __shfl_xor_sync(~0u, slope_total, step);
-                        if (lane == 0) smem.modified.slopes[turn / of_head % 2][warp] = slope_total;
+                        if (lane == 0) smem.slopes[turn / of_head % 2][warp] = slope_total;
                         slope_total = 0;
                     }
                 }
@@ -768,7 +814,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     cp_async_commit();
     cp_async_wait<0>(); // no copy outlives its block
     __syncthreads();    // dS of the last turn is there, V was read
-    if (turns > 0) store_slopes(group - 1), add_to_dq(turns - 1);
+    if (turns > 0) store_slopes(group - 1), store_d_bias(turns - 1), add_to_dq(turns - 1);
     __syncthreads(); // dQ' of the last turn, too; K was read: dK and dV take the places of K and V
     if (turns > 0) tell_added(turns - 1);
 
@@ -830,9 +876,10 @@ struct CorrectionSmem {
     float sums[T::kWarps][T::kBlockM];
     MmaScoreRule rule;
 };
-template <typename T, bool kModified>
+template <typename T, unsigned kFeatures>
 __global__ void __launch_bounds__(T::kThreads)
-    tensor_core_correct_lse(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan) {
+    tensor_core_correct_lse(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan,
+                            const __grid_constant__ MmaScorePlan scores) {
     using M = Mma<float>;
     using Smem = CorrectionSmem<T>;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kBlockM / 8;
@@ -859,11 +906,11 @@ __global__ void __launch_bounds__(T::kThreads)
     const Rows<float> k(forward.k, FA_FLOAT32, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
     const fa_interval first = fa_visible_keys(&forward, &seq, row0),
                       last = fa_visible_keys(&forward, &seq, row_end - 1);
-    float natural = static_cast<float>(forward.softmax_scale); // a score of 1
+    constexpr bool kModified = kFeatures != kProducts;
+    const float natural = kModified ? scores.unit : static_cast<float>(forward.softmax_scale); // a score of 1
     if constexpr (kModified) {
         if (threadIdx.x == 0) smem.rule = MmaScoreRule(forward, seq, b, h);
         __syncthreads(); // the rule is there
-        natural = smem.rule.unit;
     }
     TileCopy<T::kThreads, decltype(smem.q)>(q.data, forward.q.stride_l, forward.head_dim, row0, row_end).all(smem.q);
     float lse[kNTiles][2], sum[kNTiles][2] = {};
@@ -883,8 +930,8 @@ __global__ void __launch_bounds__(T::kThreads)
         multiply_rows<T::kDim>(acc_s, M::place_a(smem.k, warp * T::kWarpKeys), M::place_b(smem.q), [](int) {});
         const int thread_query = row0 + lane % 4 * 2, thread_key = n0 + warp * T::kWarpKeys + lane / 4;
         if constexpr (kModified)
-            modify_scores<float, true>(
-                acc_s, forward, seq, smem.rule, thread_query, thread_key, [](int, int, int, float) {},
+            modify_scores<kFeatures, float, true>(
+                acc_s, forward, seq, scores, smem.rule, thread_query, thread_key, [](int, int, int, float) {},
                 StagedBias<typename T::BiasTile>{});
         hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
         each_entry<true, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
@@ -1009,10 +1056,25 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradi
     return plan;
 }
 
-template <typename T, bool kModified>
+// Whether dS can be stored where it is made, and whether zeros have to be written first, where no row sees a key.
+static inline bool leaves_blocks_out(const fa_forward_args &args) {
+    return fa_has_unequal_rows(&args) || args.seqlens_q || args.seqlens_k;
+}
+static inline bool can_store_d_bias(const fa_backward_args &args) {
+    const fa_bias &t = args.d_bias;
+    const fa_forward_args &forward = args.forward;
+    const int64_t head = forward.seqlen_q * forward.seqlen_k;
+    const bool is_dense =
+        t.stride_q == forward.seqlen_k && t.stride_h == head && t.stride_b == forward.heads_q * head;
+    return has_whole_rows(t, forward.dtype) && t.stride_b && t.stride_h && t.stride_q && forward.seqlen_k % 8 == 0 &&
+           (is_dense || !leaves_blocks_out(forward));
+}
+
+template <typename T, unsigned kFeatures>
 static fa_status launch(const fa_backward_args *args) {
     const fa_forward_args *forward = &args->forward;
     const cudaStream_t stream = fa_stream(forward);
+    const MmaScorePlan scores(*forward);
     QueryGradient dq;
     size_t bytes;
     const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
@@ -1020,15 +1082,22 @@ static fa_status launch(const fa_backward_args *args) {
     if (T::kFloat && args->d_bias.data)
         FA_CHECK(fa_fused_backward_bias(args, plan)); // by the scores that lse was corrected by
     if constexpr (T::kFloat) {
-        const auto kernel = tensor_core_correct_lse<T, kModified>;
+        const auto kernel = tensor_core_correct_lse<T, kFeatures>;
         fa_allow_shared(reinterpret_cast<const void *>(kernel), sizeof(CorrectionSmem<T>)); // less than the backward's
         FA_CHECK(fa_launch("tensor core backward, correction of lse", kernel,
                            fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads,
-                           sizeof(CorrectionSmem<T>), stream, *args, plan));
+                           sizeof(CorrectionSmem<T>), stream, *args, plan, scores));
     }
     if (plan.slope_sums) { // of keys that no row sees, too
         const size_t sums = static_cast<size_t>(forward->batch * forward->heads_q * plan.slope_parts);
         FA_REQUIRE(sums == 0 || cudaMemsetAsync(plan.slope_sums, 0, sums * sizeof(double), stream) == cudaSuccess,
+                   FA_ERROR_DEVICE, "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    }
+    const bool stores_d_bias = kFeatures == kBias && can_store_d_bias(*args);
+    if (stores_d_bias && leaves_blocks_out(*forward)) {
+        const int64_t elements = forward->batch * args->d_bias.stride_b;
+        FA_REQUIRE(cudaMemsetAsync(args->d_bias.data, 0, static_cast<size_t>(elements) * sizeof(typename T::Element),
+                                   stream) == cudaSuccess,
                    FA_ERROR_DEVICE, "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
     }
     const int64_t heads = forward->heads_kv * forward->batch;
@@ -1046,27 +1115,28 @@ static fa_status launch(const fa_backward_args *args) {
     const int64_t section = fa_ceil_div(heads, fa_max(fa_ceil_div(heads, most), 1)); // alike
     const BackwardOrder order = {static_cast<unsigned>(section), static_cast<unsigned>(n_blocks),
                                  static_cast<int>(heads), static_cast<int>(forward->heads_kv),
-                                 static_cast<int>(forward->heads_q / fa_max(forward->heads_kv, 1))};
-    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kModified>, n_blocks * heads, T::kThreads,
-                       sizeof(typename T::template Smem<kModified>), stream, *args, plan, dq, order));
+                                 static_cast<int>(forward->heads_q / fa_max(forward->heads_kv, 1)), stores_d_bias};
+    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kFeatures>, n_blocks * heads, T::kThreads,
+                       sizeof(typename T::template Smem<kFeatures>), stream, *args, plan, dq, order,
+                       scores));
     FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
                        fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,
                        stream, *args, dq));
-    if (!T::kFloat && args->d_bias.data) FA_CHECK(fa_tensor_core_backward_bias(args, plan));
+    if (!T::kFloat && args->d_bias.data && !stores_d_bias) FA_CHECK(fa_tensor_core_backward_bias(args, plan));
     return fa_backward_heads(args, plan);
 }
 
 // Launches a tile that holds the rows and that the device has the shared memory for, or tells its workspace; false: neither.
-template <typename T, bool kModified>
+template <typename T, unsigned kFeatures>
 static bool try_tile(const fa_backward_args *args, fa_status *status, size_t *bytes) {
     if (fa_max(args->forward.head_dim, args->forward.head_dim_v) > T::kDim) return false;
-    const void *kernel = reinterpret_cast<const void *>(tensor_core_backward<T, kModified>);
-    if (!fa_allow_shared(kernel, sizeof(typename T::template Smem<kModified>))) return false;
+    const void *kernel = reinterpret_cast<const void *>(tensor_core_backward<T, kFeatures>);
+    if (!fa_allow_shared(kernel, sizeof(typename T::template Smem<kFeatures>))) return false;
     QueryGradient dq;
     if (bytes)
         plan_of<T>(args, nullptr, &dq, bytes);
     else
-        *status = launch<T, kModified>(args);
+        *status = launch<T, kFeatures>(args);
     return true;
 }
 

@@ -139,7 +139,7 @@ __device__ __forceinline__ void store_tile(const fa_bias &t, int64_t at, const f
 template <typename T, bool kSums>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     tensor_core_backward_bias(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan,
-                              const __grid_constant__ BiasOrder order) {
+                              const __grid_constant__ BiasOrder order, const __grid_constant__ MmaScorePlan scores) {
     using Element = typename T::Element;
     using M = Mma<Element>;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpKeys / 8;
@@ -236,11 +236,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
                 for (int j = 0; j < kNTiles; j += 2) {
-                    uint32_t masks[4]; // of a pair of entries
-                    keep_masks(masks, smem.rule, row0 + 16 * i, key0 + 8 * j);
+                    uint32_t masks[1][4]; // of a pair of entries
+                    keep_masks(masks, scores, smem.rule, row0 + 16 * i, key0 + 8 * j);
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
-                        const uint32_t kept = masks[n / 2] & (n % 2 ? 0xFFFF0000u : 0x0000FFFFu);
+                        const uint32_t kept = masks[0][n / 2] & (n % 2 ? 0xFFFF0000u : 0x0000FFFFu);
                         float &x = acc[i][j + n / 4][n % 4];
                         x = kept ? x : 0;
                     }
@@ -312,8 +312,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
             if (sees) {
                 using NoTile = SwizzledTile<Element, T::kBlockM, T::kBlockN>;
-                modify_scores<Element, false>(
-                    acc_s, forward, seq, smem.rule, thread_row, thread_key, [](int, int, int, float) {},
+                modify_scores<kAnyFeature, Element, false>(
+                    acc_s, forward, seq, scores, smem.rule, thread_row, thread_key, [](int, int, int, float) {},
                     StagedBias<NoTile>{false, nullptr, 0, 0});
                 if (!whole) hide_scores<false>(acc_s, forward, seq, thread_row, thread_key);
                 each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) { // P; scores' unit is 1
@@ -384,7 +384,7 @@ static fa_status launch(const fa_backward_args *args, const BackwardPlan &plan) 
     const BiasOrder order = {static_cast<int>(parts), static_cast<int>(strip)};
     return fa_launch("tensor core backward, d_bias", tensor_core_backward_bias<T, kSums>,
                      rows_of_tiles * (kSums ? shape.n_tiles : 1) * parts, T::kThreads, sizeof(typename T::Smem),
-                     fa_stream(&args->forward), *args, plan, order);
+                     fa_stream(&args->forward), *args, plan, order, MmaScorePlan(args->forward));
 }
 
 // Launches a tile that holds the rows and that the device has the shared memory for; false: neither.

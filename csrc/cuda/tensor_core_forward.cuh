@@ -27,7 +27,7 @@
 #include "cuda/mma_scores.cuh"
 #include "cuda/ptx/sync.cuh"
 
-fa_status fa_tensor_core_forward_f32(const fa_forward_args *args, bool modified);
+fa_status fa_tensor_core_forward_f32(const fa_forward_args *args);
 
 constexpr float kSlack = 8;
 constexpr float kFar = 1 << 20;             // a float32 of this size is rounded by 2^-4
@@ -74,6 +74,7 @@ struct ForwardPlan {
     int m_blocks, heads; // of all sequences
     float keep;          // 1 / (1 - dropout_p)
     bool stages_bias;    // through shared memory
+    MmaScorePlan scores;
 };
 
 // acc_o += P V, over 16 keys from row `key` of the tile of V on.
@@ -121,7 +122,7 @@ __device__ __forceinline__ void store_rows(typename T::template Smem<kModified> 
     }
     const int block_row0 = smem.row0, block_row_end = smem.row_end, head = smem.head;
     float natural = static_cast<float>(args.softmax_scale); // a score of 1
-    if constexpr (kModified) natural = smem.rule.unit;
+    if constexpr (kModified) natural = plan.scores.unit;
     LanePlace place_o(smem.q, row_warp * T::kWarpRows + lane / 4, 2 * col_warp);
     place_o.address += lane % 4 * 4;
     int own_row = T::kBlockM; // each of a row's four lanes tells the lse of one of their rows
@@ -201,10 +202,11 @@ __device__ __forceinline__ void store_rows(typename T::template Smem<kModified> 
     }
 }
 
-template <typename T, bool kModified>
+template <typename T, unsigned kFeatures>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     tensor_core_forward(const __grid_constant__ fa_forward_args args, const __grid_constant__ ForwardPlan plan) {
     using M = Mma<typename T::Element>;
+    constexpr bool kModified = kFeatures != kProducts, kHasBias = kFeatures & kBias;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpKeys / 8, kOTiles = T::kWarpDim / 8;
     constexpr int kParts = 16 / M::kDepth;
     constexpr bool kFloat = kDtype<typename T::Element> == FA_FLOAT32;
@@ -257,19 +259,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         smem.row0 = row0, smem.row_end = row_end, smem.head = h;
         if constexpr (kModified) smem.rule = MmaScoreRule(args, seq, b, h);
     }
-    float unit = 1.44269504f * static_cast<float>(args.softmax_scale); // of scores, in log2: products where plain
-    const auto staged_bias = [&] {                                     // this warp's part, of a turn
-        return StagedBias<typename T::BiasTile>{plan.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
+    const float natural = kModified ? plan.scores.unit : static_cast<float>(args.softmax_scale); // a score of 1
+    const float unit = 1.44269504f * natural;
+    const auto staged_bias = [&] { // this warp's part, of a turn
+        return StagedBias<typename T::BiasTile>{kFeatures == kBias || plan.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
                                                 col_warp * T::kWarpKeys};
     };
     const auto copy_bias = [&](int64_t head_at, int block_row0, int block_row_end, int n0) {
-        if (plan.stages_bias)
+        if (staged_bias().is_there)
             staged_bias().template copy<T::kWarpRows, T::kWarpKeys>(args.bias, head_at,
                                                                     block_row0 + row_warp * T::kWarpRows, block_row_end,
                                                                     n0 + col_warp * T::kWarpKeys, key_end);
     };
     const auto copy_next_bias = [&](int n0) {
-        if constexpr (kModified) copy_bias(smem.rule.bias_at, smem.row0, smem.row_end, n0);
+        if constexpr (kHasBias) copy_bias(smem.rule.bias_at, smem.row0, smem.row_end, n0);
     };
 
     float acc_o[kMTiles][kOTiles][4] = {};
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     // made relative to it first.
     bool is_far = false;
 
-    if constexpr (kModified) copy_bias(b * args.bias.stride_b + h * args.bias.stride_h, row0, row_end, key_first);
+    if constexpr (kHasBias) copy_bias(b * args.bias.stride_b + h * args.bias.stride_h, row0, row_end, key_first);
     cp_async_commit();
 
     const auto place_q = M::place_a(smem.q, row_warp * T::kWarpRows);
@@ -289,7 +292,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     typename M::A kept_q[T::kKeepsQ ? kMTiles : 1][T::kDim / M::kDepth];
 
     __syncthreads(); // what the threads tell each other is there
-    if constexpr (kModified) unit = 1.44269504f * smem.rule.unit;
     for (int n0 = key_first, stage = 0; n0 < key_end; n0 += T::kBlockN, stage ^= 1) {
         const auto keys = smem.keys[warp];
         const bool is_seen = n0 < keys.some.hi && n0 + T::kBlockN > keys.some.lo;
@@ -323,10 +325,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             copy_next_bias(n0 + T::kBlockN);
         } else {
             const auto copy_parts = [&](int step, int steps) {
-                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies;
+                // ptxas puts three empty instructions between a load of shared memory and a copy to it, but not between
+                // copies: these come in groups.
+                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies, kGroup = T::kColWarps == 2 ? 8 : 4;
+                constexpr int kGroups = (kCopies + kGroup - 1) / kGroup;
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n)
-                    if (n * steps / kCopies == step) {
+                    if (n / kGroup * steps / kGroups == step) {
                         if (n == KeyCopy::kCopies) copy = copy_k();
                         copy.part(n < KeyCopy::kCopies ? next_v : next_k, n % KeyCopy::kCopies);
                     }
@@ -373,8 +378,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const int thread_key = warp_n0 + lane % 4 * 2;
             const auto warp_row = [&] { return smem.row0 + row_warp * T::kWarpRows; };
             if constexpr (kModified) {
-                modify_scores<typename T::Element, false>(
-                    acc_s, args, smem.seq, smem.rule, warp_row() + lane / 4, thread_key, [](int, int, int, float) {},
+                modify_scores<kFeatures, typename T::Element, false>(
+                    acc_s, args, smem.seq, plan.scores, smem.rule, warp_row() + lane / 4, thread_key, [](int, int, int, float) {},
                     staged_bias());
             }
             if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
@@ -474,6 +479,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         is_far || row_max[i][half] == -infinity(0.0f) ? 0.0f : product(row_max[i][half], unit);
             // P of 16 keys, as the A of M::kDepth each.
             const auto probabilities = [&](const bool drops, typename M::A(&p)[kMTiles][kParts], int step) {
+                uint32_t kept[kMTiles][4];
+                if constexpr (kModified)
+                    if (drops) keep_masks(kept, plan.scores, smem.rule, warp_row(), warp_n0 + 16 * step);
 #pragma unroll
                 for (int i = 0; i < kMTiles; ++i) {
                     float (&left)[4] = acc_s[i][2 * step], (&right)[4] = acc_s[i][2 * step + 1];
@@ -482,12 +490,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         float &s = entry < 4 ? left[entry] : right[entry - 4];
                         s = ex2_approx(fmaf(s, unit_now, -shift[i][entry / 2 % 2]));
                         row_sum[i][entry / 2 % 2] += s;
+                        if constexpr (kModified && kFloat)
+                            if (drops && !(kept[i][entry / 2] & (entry % 2 ? 0x80000000 : 0x8000))) s = 0;
                     }
-                    if constexpr (kModified && kFloat)
-                        if (drops) drop(left, right, smem.rule, warp_row() + 16 * i, warp_n0 + 16 * step);
                     M::from_scores(p[i], left, right);
                     if constexpr (kModified && !kFloat)
-                        if (drops) drop(p[i][0], smem.rule, warp_row() + 16 * i, warp_n0 + 16 * step);
+                        if (drops)
+#pragma unroll
+                            for (int word = 0; word < 4; ++word) p[i][0].x[word] &= kept[i][word];
                 }
             };
             const auto after_values = [&](int step) {
@@ -497,16 +507,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int n = 0; n < KeyCopy::kCopies; ++n)
                         if (n * (T::kBlockN / 32) / KeyCopy::kCopies == step) copy.part(next_k, n);
                 }
-                if constexpr (kModified)
+                if constexpr (kHasBias)
                     if (step == 1) {  // registers of scores are free
                         __syncwarp(); // the bias was read
                         copy_next_bias(n0 + T::kBlockN);
                     }
             };
             const auto multiply_values = [&](const bool drops) {
+                constexpr int kSteps = T::kWarpKeys / 16;
                 if constexpr (T::kColWarps == 1) {
 #pragma unroll
-                    for (int step = 0; step < T::kBlockN / 16; ++step) {
+                    for (int step = 0; step < kSteps; ++step) {
                         typename M::A p[kMTiles][kParts];
                         probabilities(drops, p, step);
                         if constexpr (kFloat)
@@ -519,7 +530,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     const int row = row_warp * T::kWarpRows + lane / 4;
                     auto &tile = smem.exchange.p;
 #pragma unroll
-                    for (int step = 0; step < T::kWarpKeys / 16; ++step) {
+                    for (int step = 0; step < kSteps; ++step) {
                         typename M::A p[kMTiles][kParts];
                         probabilities(drops, p, step);
 #pragma unroll
@@ -549,14 +560,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     }
                 }
             };
-            if constexpr (kModified) {
-                if (smem.rule.dropout_threshold != 0)
-                    multiply_values(true);
-                else
-                    multiply_values(false);
-            } else {
+            if (meets<kFeatures, kDropout>(plan.scores.drops))
+                multiply_values(true);
+            else
                 multiply_values(false);
-            }
         }
         cp_async_commit();
         if constexpr (T::kStages == 2) {
@@ -570,7 +577,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     store_rows<T, kModified>(smem, args, plan, acc_o, row_max, row_sum, unit, is_far);
 }
 
-template <typename T, bool kModified>
+template <typename T, unsigned kFeatures>
 static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
     const int64_t heads = args->heads_q * args->batch, group = args->heads_q / fa_max(args->heads_kv, 1);
     const int64_t head_bytes = args->seqlen_k * (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->dtype);
@@ -588,32 +595,25 @@ static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
                               static_cast<int>(m_blocks),
                               static_cast<int>(heads),
                               static_cast<float>(1 / (1 - args->dropout_p)),
-                              shared_bytes > sizeof(typename T::template Smem<kModified>)};
-    return fa_launch("tensor core forward", tensor_core_forward<T, kModified>,
+                              shared_bytes > sizeof(typename T::template Smem<kFeatures != kProducts>),
+                              MmaScorePlan(*args)};
+    return fa_launch("tensor core forward", tensor_core_forward<T, kFeatures>,
                      fa_ceil_div(heads, section) * section * m_blocks, T::kThreads, shared_bytes, fa_stream(args),
                      *args, plan);
 }
 
-// A 16-bit bias goes through shared memory where its rows are made of 16 bytes, aligned.
-static bool can_stage_bias(const fa_forward_args *args) {
-    const fa_bias &bias = args->bias;
-    const int64_t strides = bias.stride_b | bias.stride_h | bias.stride_q;
-    return bias.data && bias.dtype == args->dtype && fa_dtype_bytes(bias.dtype) == 2 && bias.stride_k == 1 &&
-           strides % 8 == 0 && reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
-}
-
 // Launches a tile that holds the rows and that the device has the shared memory for; false: neither.
-template <typename T, bool kModified>
+template <typename T, unsigned kFeatures>
 static bool try_tile(const fa_forward_args *args, fa_status *status) {
     if (fa_max(args->head_dim, args->head_dim_v) > T::kDim) return false;
-    const void *kernel = reinterpret_cast<const void *>(tensor_core_forward<T, kModified>);
+    const void *kernel = reinterpret_cast<const void *>(tensor_core_forward<T, kFeatures>);
     // The limit is the kernel's, for all threads of the program: it is never lowered.
-    const size_t plain_bytes = sizeof(typename T::template Smem<kModified>),
+    const size_t plain_bytes = sizeof(typename T::template Smem<kFeatures != kProducts>),
                  staged_bytes = plain_bytes + sizeof(typename T::BiasTile);
-    const bool can_stage = kModified && fa_allow_shared(kernel, staged_bytes);
-    if (!can_stage && !fa_allow_shared(kernel, plain_bytes)) return false;
-    const size_t shared_bytes = can_stage && can_stage_bias(args) ? staged_bytes : plain_bytes;
-    *status = launch<T, kModified>(args, shared_bytes);
+    const bool can_stage = (kFeatures & kBias) && fa_allow_shared(kernel, staged_bytes);
+    if (!can_stage && (kFeatures == kBias || !fa_allow_shared(kernel, plain_bytes))) return false;
+    const size_t shared_bytes = can_stage && has_whole_rows(args->bias, args->dtype) ? staged_bytes : plain_bytes;
+    *status = launch<T, kFeatures>(args, shared_bytes);
     return true;
 }
 

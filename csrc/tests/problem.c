@@ -160,12 +160,13 @@ problem problem_make(const attention_case *c, fa_dtype dtype, fa_impl impl, bool
                              !!strchr(c->bias, 'k')};
         const int64_t *sizes = SIZES(c->batch, c->heads_q, c->seqlen_q, c->seqlen_k);
         v[VIEW_BIAS] = make_view(STORED(extras_dtype), sizes, axes, layout, where);
-        v[VIEW_D_BIAS] = make_view(STORED(extras_dtype), sizes, axes, layout, where);
+        if (!c->const_extras) v[VIEW_D_BIAS] = make_view(STORED(extras_dtype), sizes, axes, layout, where);
     }
     if (c->alibi) {
         const int axes[4] = {c->alibi > 1, 1, 0, 0};
         v[VIEW_SLOPES] = make_view(STORED(slopes_dtype), SIZES(c->batch, c->heads_q, 1, 1), axes, LAYOUT_BHLD, where);
-        v[VIEW_D_SLOPES] = make_view(STORED(slopes_dtype), v[VIEW_SLOPES].sizes, axes, LAYOUT_BHLD, where);
+        if (!c->const_extras)
+            v[VIEW_D_SLOPES] = make_view(STORED(slopes_dtype), v[VIEW_SLOPES].sizes, axes, LAYOUT_BHLD, where);
     }
     if (c->sinks) {
         const int axes[4] = {0, 1, 0, 0};

@@ -25,7 +25,8 @@ typedef struct attention_case {
     const char *bias; // the axes it has, of "bhqk"; NULL: none, "" broadcasts over all. '-': some are -inf; '~': -1e9
     int alibi;        // 1: one slope a head, 2: one for each (b, h)
     bool sinks, d_lse;
-    bool wide_extras; // bias, slopes and sinks in float32 whatever the dtype
+    bool wide_extras;  // bias, slopes and sinks in float32 whatever the dtype
+    bool const_extras; // no gradient of bias and slopes is wanted
     lengths lengths;
     layout layout;
     double magnitude; // of q; 0: 1

@@ -18,13 +18,6 @@ __device__ __forceinline__ float rcp_approx(float x) {
     return y;
 }
 
-// x y + z, cut to [0, 1]; NaN becomes 0.
-__device__ __forceinline__ float fma_saturate(float x, float y, float z) {
-    float r;
-    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));
-    return r;
-}
-
 // Each half: 16 times its highest bit.
 __device__ __forceinline__ uint32_t sign_halves(uint32_t x) {
     uint32_t mask;

@@ -36,13 +36,6 @@ __device__ __forceinline__ uint2 load_shared_2(uint32_t address) {
     return x;
 }
 
-__device__ __forceinline__ void load_shared_4(uint32_t (&x)[4], uint32_t address) { // aligned to 16 bytes
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
