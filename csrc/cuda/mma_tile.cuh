@@ -127,29 +127,38 @@ private:
 // Copies rows [row0, row0 + kHeight) of a head into a tile; 0 beyond row_end, beyond the width, and where `lse` of a row is
 // +inf (it has no gradient, whatever stands in d_o). In kCopies parts, so that they can be issued between products. They
 // belong to a group: cp_async_commit, cp_async_wait, then a barrier.
-template <int kBlockThreads, typename Tile>
+template <int kBlockThreads, typename Tile, int kBeside = 1>
 struct TileCopy {
-    // A thread stays in its column of 16 bytes; whole groups of 8 rows, which the swizzle repeats, where there are so many.
-    static constexpr int kAtOnce = kBlockThreads / Tile::kColumns, kEights = kAtOnce >= 8 ? kAtOnce / 8 * 8 : kAtOnce;
-    static constexpr int kStep = kEights < Tile::kHeight ? kEights : Tile::kHeight, kCopies = Tile::kHeight / kStep;
+    // A thread stays in its columns of 16 bytes: of these the next one, which needs no address of its own, is kAcross
+    // further on. Whole groups of 8 rows, which the swizzle repeats, where there are so many.
+    static constexpr int kAcross = Tile::kColumns / kBeside;
+    static_assert(kBeside == 1 || kAcross % 8 == 0, "columns beside each other change places alike");
+    static constexpr int kAtOnce = kBlockThreads / kAcross, kEights = kAtOnce >= 8 ? kAtOnce / 8 * 8 : kAtOnce;
+    static constexpr int kStep = kEights < Tile::kHeight ? kEights : Tile::kHeight;
+    static constexpr int kCopies = Tile::kHeight / kStep * kBeside;
     static_assert(kStep > 0 && Tile::kHeight % kStep == 0);
 
     const char *from;
     int64_t row_bytes;
-    int row, column, rows_left; // 0 beyond the width
+    int row, column;
+    int rows_left, columns_left; // from this thread's first on; rows: 0 beyond the width
 
     __device__ __forceinline__ TileCopy(const char *head, int64_t stride, int64_t width, int row0, int row_end)
         : row_bytes(stride * static_cast<int64_t>(sizeof(typename Tile::Element))),
-          row(static_cast<int>(threadIdx.x) / Tile::kColumns), column(static_cast<int>(threadIdx.x) % Tile::kColumns),
-          rows_left(column * Tile::kPerColumn < width ? row_end - row0 - row : 0) {
+          row(static_cast<int>(threadIdx.x) / kAcross), column(static_cast<int>(threadIdx.x) % kAcross),
+          rows_left(column * Tile::kPerColumn < width ? row_end - row0 - row : 0),
+          columns_left(static_cast<int>(width) / Tile::kPerColumn - column) {
         from = head + (row0 + row) * row_bytes + column * 16;
     }
     // Parts 0, 1, 2 ...: each once, in order.
     __device__ __forceinline__ void part(Tile &tile, int n, const float *lse = nullptr) {
-        const bool is_row = n * kStep < rows_left && !(lse && lse[row + n * kStep] == infinity(0.0f));
-        auto *to = kStep % 8 == 0 ? tile.at(row, column) + n * kStep * Tile::kWidth : tile.at(row + n * kStep, column);
-        if (kStep * Tile::kColumns == kBlockThreads || row < kStep) cp_async_16(to, from, is_row);
-        from += kStep * row_bytes;
+        const int step = n / kBeside * kStep, beside = n % kBeside * kAcross;
+        const bool is_row = step < rows_left && !(lse && lse[row + step] == infinity(0.0f));
+        const bool is_there = is_row && (beside == 0 || beside < columns_left);
+        auto *to = kStep % 8 == 0 ? tile.at(row, column) + step * Tile::kWidth : tile.at(row + step, column);
+        if (kStep * kAcross == kBlockThreads || row < kStep)
+            cp_async_16(to + beside * Tile::kPerColumn, from + beside * 16, is_there);
+        if (n % kBeside == kBeside - 1) from += kStep * row_bytes;
     }
     __device__ __forceinline__ void all(Tile &tile, const float *lse = nullptr) {
 #pragma unroll

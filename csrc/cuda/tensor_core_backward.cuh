@@ -384,6 +384,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         if (!makes_dv && turn > 0) add_to_dq(turn - 1);
         if (turn > 0) store_d_bias(turn - 1);
 
+        // Copies come in groups: ptxas puts three empty instructions between a load of shared memory and a copy to it.
+        constexpr int kCopyGroup = 4, kCopyGroups = (QueryCopy::kCopies + kCopyGroup - 1) / kCopyGroup;
+        constexpr bool kCopiesTogether = !kFloat && T::kDim <= 64; // of Q and dO
+        const auto copy_next_d_o = [&] {
+            copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
+        };
+
         // S^T, or dP^T, of the warp's keys and the pair's queries.
         float acc_s[kMTiles][kNTiles][4] = {};
         {
@@ -393,7 +400,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 multiply_rows<T::kDim>(acc_s, place_a, place_b, [&](int d) {
 #pragma unroll
                     for (int n = 0; n < QueryCopy::kCopies; ++n)
-                        if (n * T::kDim / QueryCopy::kCopies / M::kDepth == d / M::kDepth)
+                        if (n / kCopyGroup * T::kDim / kCopyGroups / M::kDepth == d / M::kDepth)
                             next_q.part(smem.q[stage ^ 1], n);
                 });
             } else {
@@ -426,11 +433,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                         queries[step % 2][j]);
 #pragma unroll
                     for (int n = 0; n < QueryCopy::kCopies; ++n)
-                        if (n * kSteps / QueryCopy::kCopies == step) next_q.part(smem.q[stage ^ 1], n);
+                        if (n / kCopyGroup * kSteps / kCopyGroups == step) next_q.part(smem.q[stage ^ 1], n);
+                    if (kCopiesTogether && step == 0) copy_next_d_o();
                 }
             }
         }
-        copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
+        if (!kCopiesTogether) copy_next_d_o();
 
         const bool wants_slopes = kIsAny && plan.slope_sums != nullptr;
         const auto place_of_ds = [&] { // of the warp's keys: where a lane stores dS^T

@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int asked_lo = static_cast<int>(asked.lo), asked_hi = static_cast<int>(asked.hi);
     const int key_first = __shfl_sync(~0u, asked_lo, 0) / T::kBlockN * T::kBlockN;
     const int key_end = __shfl_sync(~0u, asked_hi, 1);
-    using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>>;
+    using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>,
+                             T::kDim == 128 && T::kColWarps == 1 && !kFloat ? 2 : 1>; // measured
     const auto copy_of = [&](const fa_tensor &t, const char *head, int64_t width, int n0) {
         return KeyCopy(head, t.stride_l, width, n0, key_end);
     };
@@ -505,7 +506,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     if (step == 0) copy = copy_k();
 #pragma unroll
                     for (int n = 0; n < KeyCopy::kCopies; ++n)
-                        if (n * (T::kBlockN / 32) / KeyCopy::kCopies == step) copy.part(next_k, n);
+                        if (n / 8 * (T::kBlockN / 32) / (KeyCopy::kCopies / 8) == step) copy.part(next_k, n);
                 }
                 if constexpr (kHasBias)
                     if (step == 1) {  // registers of scores are free
