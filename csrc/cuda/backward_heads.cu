@@ -14,17 +14,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t b = 0; b < forward.batch; ++b) {
         const fa_sequence seq = fa_sequence_at(&forward, b);
         const RowValues<Real> of_row = row_values<Real>(forward, seq, plan, b, h);
+        const auto sink_times_delta = [&](int64_t row) { // P of the sink
+            return static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction_at(row))) *
+                   static_cast<double>(of_row.delta[row]);
+        };
         for (int64_t row = threadIdx.x; args.d_sinks.data && row < seq.len_q; row += kThreads)
-            d_sink -= static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction_at(row))) *
-                      static_cast<double>(of_row.delta[row]);
+            d_sink -= sink_times_delta(row);
         for (int64_t part = threadIdx.x; wants_slopes && part < plan.slope_parts; part += kThreads)
             d_slope -= plan.slope_sums[(b * forward.heads_q + h) * plan.slope_parts + part];
         // The sum of a row's dS is d_lse + P_sink delta.
         const int64_t before = wants_slopes && plan.slopes_have_origin ? seq.len_q - seq.len_k : 0;
         for (int64_t row = threadIdx.x; row < fa_min(before, seq.len_q); row += kThreads) {
             if (of_row.lse[row] == infinity(Real())) continue;
-            double sum = static_cast<double>(exp_of(sink - of_row.lse[row] - of_row.correction_at(row))) *
-                         static_cast<double>(of_row.delta[row]);
+            double sum = sink_times_delta(row);
             if (args.d_lse.data)
                 sum += load<double>(args.d_lse.data, fa_lse_dtype(&forward),
                                     fa_row_offset(&args.d_lse, seq.batch_index, h, seq.row_q + row));

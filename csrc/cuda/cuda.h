@@ -56,9 +56,4 @@ static inline bool fa_has_modified_scores(const fa_forward_args *args) {
     return args->softcap > 0 || args->bias.data || args->alibi_slopes.data || args->dropout_p > 0;
 }
 
-// The plain kernels on tensor cores take their products for scores: these must grow with them, and what is hidden stay -inf.
-static inline bool fa_has_scores_unlike_products(const fa_forward_args *args) {
-    return fa_has_modified_scores(args) || (float)args->softmax_scale <= 0;
-}
-
 #endif

@@ -168,9 +168,10 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kMTiles][kNTiles][4],
 }
 
 // acc += A B over 16 rows of B's tile from row k on: A has 8 columns for each of its parts.
-template <int kMTiles, int kOTiles, typename PlaceB>
+template <int kEvery = 1, int kMTiles, int kOTiles, typename PlaceB>
 __device__ __forceinline__ void add_product(float (&acc)[kMTiles][kOTiles][4], const Mma<float>::A (&a)[kMTiles][2],
                                             const PlaceB &place_b, int k) {
+    static_assert(kEvery == 1, "columns side by side");
     using M = Mma<float>;
     constexpr int kTogether = kOTiles % 4 == 0 ? 4 : 2; // chains that run side by side
 #pragma unroll

@@ -122,6 +122,47 @@ private:
     }
 };
 
+// acc = A rows . B rows, over kWidth elements.
+template <int kWidth, int kMTiles, int kNTiles, typename TileA, typename TileB>
+__device__ __forceinline__ void multiply_rows(float (&acc)[kMTiles][kNTiles][4], const LanePlace<TileA> &place_a,
+                                              const LanePlace<TileB> &place_b) {
+    using M = Mma<typename TileA::Element>;
+#pragma unroll
+    for (int d = 0; d < kWidth; d += M::kDepth) {
+        typename M::A a[kMTiles];
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i) M::load_a(a[i], place_a, 16 * i, d);
+#pragma unroll
+        for (int n = 0; n < 8 * kNTiles; n += 16) {
+            typename M::B b[2];
+            M::load_b(b, place_b, d, n);
+#pragma unroll
+            for (int i = 0; i < kMTiles; ++i) {
+                M::multiply(acc[i][n / 8], a[i], b[0]);
+                M::multiply(acc[i][n / 8 + 1], a[i], b[1]);
+            }
+        }
+    }
+}
+
+// acc += A B, over 16 rows of B's tile from row k on, and every kEvery-th 16 of its columns.
+template <int kEvery = 1, int kMTiles, int kOTiles, typename Tile>
+__device__ __forceinline__ void add_product(float (&acc)[kMTiles][kOTiles][4],
+                                            const typename Mma<typename Tile::Element>::A (&a)[kMTiles][1],
+                                            const LanePlace<Tile> &place_b, int k) {
+    using M = Mma<typename Tile::Element>;
+#pragma unroll
+    for (int n = 0; n < 8 * kOTiles; n += 16) {
+        typename M::B b[2];
+        M::load_b_transposed(b, place_b, k, kEvery * n);
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i) {
+            M::multiply(acc[i][n / 8], a[i][0], b[0]);
+            M::multiply(acc[i][n / 8 + 1], a[i][0], b[1]);
+        }
+    }
+}
+
 // ---- from global memory -----------------------------------------------------------------------------------------------
 
 // Copies rows [row0, row0 + kHeight) of a head into a tile; 0 beyond row_end, beyond the width, and where `lse` of a row is

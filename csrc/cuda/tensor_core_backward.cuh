@@ -17,6 +17,9 @@
 // turn behind each other, so that waiting costs a few turns at the start of a launch, as many as a head has blocks at a
 // time on the device.
 //
+// A bias alone is copied to shared memory a turn ahead, and dS^T, a turn later, stored as its gradient, too, where no axis is
+// summed (else tensor_core_backward_bias.cu makes both products again).
+//
 // Rows of more than 128 elements: two pairs share 32 keys (kHalves = 2). Each pair makes S and dP of half of the
 // queries, and half of the columns of dV and dK; P^T and dS^T pass between them, too.
 //
@@ -25,105 +28,15 @@
 #ifndef FA_TENSOR_CORE_BACKWARD_CUH
 #define FA_TENSOR_CORE_BACKWARD_CUH
 
-#include "cuda/fused_backward.cuh"
-#include "cuda/mma_float.cuh"
-#include "cuda/mma_scores.cuh"
 #include "cuda/ptx/sync.cuh"
+#include "cuda/tensor_core_backward_dq.cuh"
+#include "cuda/tensor_core_backward_lse.cuh"
 
 // bytes not NULL: only tells the workspace.
 fa_status fa_tensor_core_backward_f32(const fa_backward_args *args, size_t *bytes);
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kDqCacheBytes = 32 << 20; // Q, dO and dQ' of the heads that run together: of an H200's L2 cache
-
-// dQ before it is scaled and rounded: blocks of queries, each in the order in which the accumulators of its warps lie. The
-// blocks of keys that a block of queries sees add to it one after the other, from the first key on: turns counts those that have. No
-// zeros are written first: the first one stores. With two chains every other block of keys adds to a sum of its own, and
-// waits for the one before the last: where rows are unequally long, the last one is not far enough ahead.
-enum { kMostChains = 2 };
-struct QueryGradient {
-    float *sums;    // [heads_q][blocks][chains][kBlockM kDim]
-    int32_t *turns; // [heads_q][blocks][chains]
-    int64_t blocks; // of a head: those of all sequences
-    int chains;     // 1 or kMostChains
-};
-
-// The first block of sequence b among those of a head: one block a sequence is added where sequences are packed, since
-// each begins a block of its own.
-template <int kBlockM>
-__host__ __device__ __forceinline__ int64_t query_blocks(const fa_forward_args &args) {
-    return args.cu_seqlens_q ? args.total_q / kBlockM + args.batch : args.batch * fa_ceil_div(args.seqlen_q, kBlockM);
-}
-template <int kBlockM>
-__device__ __forceinline__ int64_t first_query_block(const fa_forward_args &args, const fa_sequence &seq, int64_t b) {
-    return args.cu_seqlens_q ? seq.row_q / kBlockM + b : b * fa_ceil_div(args.seqlen_q, kBlockM);
-}
-
-struct Nothing {};
-
-template <typename Element_, int kDim_, int kKeyWarps_, int kHalves_, int kMTiles_, int kBlockM_, int kBlocksPerSm_>
-struct BackwardTile {
-    using Element = Element_;
-    static constexpr int kDim = kDim_, kKeyWarps = kKeyWarps_, kHalves = kHalves_, kMTiles = kMTiles_;
-    static constexpr int kBlockM = kBlockM_, kBlocksPerSm = kBlocksPerSm_;
-    static constexpr bool kFloat = kDtype<Element> == FA_FLOAT32;
-    static constexpr int kWarpKeys = 16 * kMTiles, kBlockN = kWarpKeys * kKeyWarps;
-    static constexpr int kWarps = 2 * kKeyWarps * kHalves, kThreads = 32 * kWarps;
-    static constexpr int kWarpQueries = kBlockM / kHalves, kWarpDim = kDim / kHalves;
-    // Of dQ a warp makes 16 kQueryTiles rows and every kColumnWarps-th 16 columns; float32: kColumnTiles side by side.
-    static constexpr int kQueryTiles = kBlockM % 32 == 0 && kDim / 16 % (kWarps * 32 / kBlockM) == 0 ? 2 : 1;
-    static constexpr int kQueryWarps = kBlockM / (16 * kQueryTiles), kColumnWarps = kWarps / kQueryWarps;
-    static constexpr int kColumnTiles = kDim / 16 / kColumnWarps; // of 16
-    static_assert(kColumnTiles * 16 * kColumnWarps == kDim && kQueryWarps * kColumnWarps == kWarps);
-    struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
-        std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
-    };
-    template <bool kIsThere, typename Member>
-    using Where = std::conditional_t<kIsThere, Member, Nothing>;
-    using BiasTile = SwizzledTile<Element, kBlockM, kBlockN % 32 ? 64 : kBlockN>; // tiles of 16 keys stage none
-    // What a turn reads and adds to: made a turn ahead by one thread, from the turn before.
-    struct alignas(16) Turn {
-        const char *q, *d_o; // row m0
-        const float *lse;
-        int m0, sum0;        // sum0: the first of dQ' of these queries
-        int sum, before;     // the one that these keys add to, after so many others
-        int is_whole, inner; // all rows see all keys; turns until the next outer step
-    };
-    struct alignas(16) Step { // what a turn adds to a Turn
-        int64_t q_bytes, d_o_bytes, lse;
-        int m0, sum0;
-    };
-    struct alignas(16) Walk {
-        int inner_turns;
-        int whole_lo, whole_hi; // rows that see all keys
-        int edge;               // row m0 sees keys from max(m0 + edge, 0) on
-    };
-    template <unsigned kFeatures>
-    struct Smem {
-        SwizzledTile<Element, kBlockN, kDim> k, v; // dK, dV at the end
-        SwizzledTile<Element, kBlockM, kDim> q[2], d_o[2];
-        SwizzledTile < Element, kBlockN, kFloat &&kBlockM<32 ? 32 : kBlockM> ds[2]; // dS^T
-        Fragments p[kKeyWarps][kHalves];
-        alignas(16) float lse[2][kBlockM], correction[2][kBlockM], delta[2][kBlockM];
-        float far_lse[2][kFloat ? 1 : kBlockM]; // of 16-bit inputs where rows are far; lse is 0 there
-        Turn turns[8];                          // of which five are in use
-        Walk walk;
-        Step steps[2]; // inner, outer
-        Where<kFeatures != kProducts, MmaScoreRule[3]> rules;              // of query heads: this turn's, the next one's
-        Where<(kFeatures & kSoftcap) != 0, Fragments[kKeyWarps][kHalves]> cap; // slopes of the softcap
-        Where<kFeatures == kBias, BiasTile> bias;                          // of a turn
-        Where<kFeatures == kAnyFeature, double[2][kWarps]> slopes; // sums of dS and distances, of the last two heads
-    };
-};
-
-// Of blocks: sections of heads, then keys, then heads. The device holds four blocks (or all) of each head of a section at a
-// time, or more where fewer heads are to share the L2 cache: enough to share Q, dO and dQ' there. More would wait longer for each
-// other, and with more sections the longest blocks of causal heads would start later.
-struct BackwardOrder {
-    unsigned section, n_blocks;
-    int heads, heads_kv, group; // heads: those of keys, of all sequences; group: heads_q / heads_kv
-    bool stores_d_bias;         // d_bias is dS: no axis is summed
-};
 
 template <typename T, unsigned kFeatures>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
@@ -133,6 +46,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     using Element = typename T::Element;
     using M = Mma<Element>;
     constexpr int kMTiles = T::kMTiles, kNTiles = T::kWarpQueries / 8, kOTiles = T::kWarpDim / 8;
+    constexpr int kParts = 16 / M::kDepth;
     constexpr bool kFloat = T::kFloat, kModified = kFeatures != kProducts, kIsAny = kFeatures == kAnyFeature;
     constexpr bool kCaps = kFeatures & kSoftcap, kDrops = kFeatures & kDropout;
     static_assert(!kFloat || T::kHalves == 1, "float32: keys of one pair");
@@ -237,34 +151,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                       (warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane) * 4;
         int added = before > 0 ? load_relaxed(counter) : 0; // asked for ahead
         float acc[T::kQueryTiles][2 * T::kColumnTiles][4] = {};
-        if constexpr (kFloat) {
 #pragma unroll
-            for (int key = 0; key < T::kBlockN; key += 16) {
-                typename M::A a[T::kQueryTiles][2];
+        for (int key = 0; key < T::kBlockN; key += 16) {
+            typename M::A a[T::kQueryTiles][kParts];
 #pragma unroll
-                for (int i = 0; i < T::kQueryTiles; ++i)
+            for (int i = 0; i < T::kQueryTiles; ++i)
 #pragma unroll
-                    for (int part = 0; part < 2; ++part)
-                        M::load_a_transposed(a[i][part], place_ds, 16 * i, key + M::kDepth * part);
-                add_product(acc, a, place_k, key);
-            }
-        } else {
-#pragma unroll
-            for (int key = 0; key < T::kBlockN; key += M::kDepth) {
-                typename M::A a[T::kQueryTiles];
-#pragma unroll
-                for (int i = 0; i < T::kQueryTiles; ++i) M::load_a_transposed(a[i], place_ds, 16 * i, key);
-#pragma unroll
-                for (int j = 0; j < T::kColumnTiles; ++j) {
-                    typename M::B k[2];
-                    M::load_b_transposed(k, place_k, key, 16 * T::kColumnWarps * j);
-#pragma unroll
-                    for (int i = 0; i < T::kQueryTiles; ++i) {
-                        M::multiply(acc[i][2 * j], a[i], k[0]);
-                        M::multiply(acc[i][2 * j + 1], a[i], k[1]);
-                    }
-                }
-            }
+                for (int part = 0; part < kParts; ++part)
+                    M::load_a_transposed(a[i][part], place_ds, 16 * i, key + M::kDepth * part);
+            add_product<kFloat ? 1 : T::kColumnWarps>(acc, a, place_k, key);
         }
         // By a key warp, here, where the fence finds the reductions of the turn before done.
         if (!makes_dv && turn_index > 0) tell_added(turn_index - 1);
@@ -471,6 +366,18 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             }
         };
 
+        // Float32: acc += what stands in acc_s, split, times all queries of B.
+        const auto add_split = [&](auto &tile_b) {
+            const auto place_b = M::place_b_transposed(tile_b);
+#pragma unroll
+            for (int n = 0; n < T::kBlockM / 16; ++n) {
+                typename M::A a[kMTiles][kParts];
+#pragma unroll
+                for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
+                add_product(acc, a, place_b, 16 * n);
+            }
+        };
+
         const int pair_row = half * T::kWarpQueries + lane % 4 * 2; // in the block
         auto &p_fragments = smem.p[key_warp][half];
         // Barriers of two warps: two of the pair, one of the value warps that share keys, one of their key warps. P^T goes
@@ -563,14 +470,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         }
                     }
                 barrier_arrive(pair_barrier, 64); // P^T is there
-                const auto place_b = M::place_b_transposed(smem.d_o[stage]);
-#pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A p[kMTiles][2];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::from_scores(p[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
-                    add_product(acc, p, place_b, 16 * n);
-                }
+                add_split(smem.d_o[stage]);
             } else {
                 const float unit = natural * kLog2E;
                 constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
@@ -641,26 +541,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     barrier_wait(partner_barrier, 64); // P^T of both pairs is there
 #pragma unroll
                     for (int n = 0; n < T::kBlockM / 16; ++n) {
-                        typename M::A a[kMTiles];
+                        typename M::A a[kMTiles][1];
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) {
-                            *reinterpret_cast<uint4 *>(&a[i]) =
+                            *reinterpret_cast<uint4 *>(&a[i][0]) =
                                 smem.p[key_warp][n / (T::kWarpQueries / 16)].x[n % (T::kWarpQueries / 16)][i][0][lane];
                             if constexpr (kDrops)
 #pragma unroll
-                                for (int word = 0; word < 4; ++word)
-                                    a[i].x[word] &= ~sign_halves(a[i].x[word]); // dropped
+                                for (uint32_t &word : a[i][0].x) word &= ~sign_halves(word); // dropped
                         }
-#pragma unroll
-                        for (int d = 0; d < T::kWarpDim; d += 16) {
-                            typename M::B d_o[2];
-                            M::load_b_transposed(d_o, place_b, 16 * n, T::kHalves * d);
-#pragma unroll
-                            for (int i = 0; i < kMTiles; ++i) {
-                                M::multiply(acc[i][d / 8], a[i], d_o[0]);
-                                M::multiply(acc[i][d / 8 + 1], a[i], d_o[1]);
-                            }
-                        }
+                        add_product<T::kHalves>(acc, a, place_b, 16 * n);
                     }
                 }
             }
@@ -711,14 +601,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                                __float_as_uint(dp[2 * upper]), __float_as_uint(dp[2 * upper + 1]));
                         }
                     }
-                const auto place_b = M::place_b_transposed(smem.q[stage]);
-#pragma unroll
-                for (int n = 0; n < T::kBlockM / 16; ++n) {
-                    typename M::A a[kMTiles][2];
-#pragma unroll
-                    for (int i = 0; i < kMTiles; ++i) M::from_scores(a[i], acc_s[i][2 * n], acc_s[i][2 * n + 1]);
-                    add_product(acc, a, place_b, 16 * n);
-                }
+                add_split(smem.q[stage]);
             } else {
                 constexpr int kSteps = T::kWarpQueries / 16; // of 16 queries
                 typename M::A ds[kMTiles][kSteps][1];
@@ -791,19 +674,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     barrier_wait(partner_barrier, 64); // dS^T of both pairs is there
 #pragma unroll
                     for (int n = 0; n < T::kBlockM / 16; ++n) {
-                        typename M::A a[kMTiles];
+                        typename M::A a[kMTiles][1];
 #pragma unroll
-                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[i], place_ds, 16 * i, 16 * n);
-#pragma unroll
-                        for (int d = 0; d < T::kWarpDim; d += 16) {
-                            typename M::B q[2];
-                            M::load_b_transposed(q, place_b, 16 * n, T::kHalves * d);
-#pragma unroll
-                            for (int i = 0; i < kMTiles; ++i) {
-                                M::multiply(acc[i][d / 8], a[i], q[0]);
-                                M::multiply(acc[i][d / 8 + 1], a[i], q[1]);
-                            }
-                        }
+                        for (int i = 0; i < kMTiles; ++i) M::load_a(a[i][0], place_ds, 16 * i, 16 * n);
+                        add_product<T::kHalves>(acc, a, place_b, 16 * n);
                     }
                 }
             }
@@ -874,175 +748,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     }
 }
 
-// Float32: what backward_correction.cu has summed, again, of the scores that the backward makes. Those of other products
-// differ by the rounding of a large S, which here cancels: each row of P adds up to 1.
-template <typename T>
-struct CorrectionSmem {
-    static constexpr int kBlockN = T::kWarps * T::kWarpKeys;
-    SwizzledTile<float, kBlockN, T::kDim> k;
-    SwizzledTile<float, T::kBlockM, T::kDim> q;
-    float sums[T::kWarps][T::kBlockM];
-    MmaScoreRule rule;
-};
-template <typename T, unsigned kFeatures>
-__global__ void __launch_bounds__(T::kThreads)
-    tensor_core_correct_lse(const __grid_constant__ fa_backward_args args, const __grid_constant__ BackwardPlan plan,
-                            const __grid_constant__ MmaScorePlan scores) {
-    using M = Mma<float>;
-    using Smem = CorrectionSmem<T>;
-    constexpr int kMTiles = T::kMTiles, kNTiles = T::kBlockM / 8;
-    extern __shared__ __align__(1024) unsigned char shared[];
-    Smem &smem = *reinterpret_cast<Smem *>(shared);
-
-    const fa_forward_args &forward = args.forward;
-    const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, T::kBlockM));
-    const int64_t b = place.b, h = place.head, h_kv = h / (forward.heads_q / forward.heads_kv);
-    const fa_sequence seq = fa_sequence_at(&forward, b);
-    const int row0 = static_cast<int>(place.part * T::kBlockM), len_k = static_cast<int>(seq.len_k);
-    if (row0 >= seq.len_q) return;
-    const int row_end = static_cast<int>(fa_min(row0 + T::kBlockM, seq.len_q));
-    const RowValues<float> of_row = row_values<float>(forward, seq, plan, b, h);
-    const int own_row = row0 + static_cast<int>(threadIdx.x); // of the first threads
-    const bool has_row = threadIdx.x < T::kBlockM && own_row < row_end;
-    const float own_lse = has_row ? of_row.lse[own_row] : infinity(0.0f);
-    const bool is_inexact =
-        own_lse != infinity(0.0f) && (fabsf(own_lse) > kExactLse || of_row.correction[own_row] != 0);
-    if (!__syncthreads_or(is_inexact)) return;
-
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Rows<float> q(forward.q, FA_FLOAT32, seq.batch_index, h, seq.row_q, forward.head_dim);
-    const Rows<float> k(forward.k, FA_FLOAT32, seq.batch_index, h_kv, seq.row_k, forward.head_dim);
-    const fa_interval first = fa_visible_keys(&forward, &seq, row0),
-                      last = fa_visible_keys(&forward, &seq, row_end - 1);
-    constexpr bool kModified = kFeatures != kProducts;
-    const float natural = kModified ? scores.unit : static_cast<float>(forward.softmax_scale); // a score of 1
-    if constexpr (kModified) {
-        if (threadIdx.x == 0) smem.rule = MmaScoreRule(forward, seq, b, h);
-        __syncthreads(); // the rule is there
-    }
-    TileCopy<T::kThreads, decltype(smem.q)>(q.data, forward.q.stride_l, forward.head_dim, row0, row_end).all(smem.q);
-    float lse[kNTiles][2], sum[kNTiles][2] = {};
-#pragma unroll
-    for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int row = row0 + 8 * j + lane % 4 * 2 + e;
-            lse[j][e] = row < row_end ? of_row.lse[row] : infinity(0.0f);
-        }
-    for (int n0 = static_cast<int>(first.lo) / Smem::kBlockN * Smem::kBlockN; n0 < last.hi; n0 += Smem::kBlockN) {
-        TileCopy<T::kThreads, decltype(smem.k)>(k.data, forward.k.stride_l, forward.head_dim, n0, len_k).all(smem.k);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads(); // Q and K are there
-        float acc_s[kMTiles][kNTiles][4] = {};
-        multiply_rows<T::kDim>(acc_s, M::place_a(smem.k, warp * T::kWarpKeys), M::place_b(smem.q), [](int) {});
-        const int thread_query = row0 + lane % 4 * 2, thread_key = n0 + warp * T::kWarpKeys + lane / 4;
-        if constexpr (kModified)
-            modify_scores<kFeatures, float, true>(
-                acc_s, forward, seq, scores, smem.rule, thread_query, thread_key, [](int, int, int, float) {},
-                StagedBias<typename T::BiasTile>{});
-        hide_scores<true>(acc_s, forward, seq, thread_query, thread_key);
-        each_entry<true, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
-            sum[j][entry % 2] += exp_of(product(acc_s[i][j][entry], natural) - lse[j][entry % 2]);
-        });
-        __syncthreads(); // K was read
-    }
-#pragma unroll
-    for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            for (int step = 4; step < 32; step *= 2) sum[j][e] += __shfl_xor_sync(~0u, sum[j][e], step);
-            if (lane < 4) smem.sums[warp][8 * j + lane * 2 + e] = sum[j][e];
-        }
-    cp_async_commit();  // Q's, where no key was visible
-    cp_async_wait<0>(); // no copy outlives its block
-    __syncthreads();    // all warps' sums are there
-    if (!has_row || own_lse == infinity(0.0f)) return;
-    float total = 0;
-    for (int w = 0; w < T::kWarps; ++w) total += smem.sums[w][threadIdx.x];
-    if (forward.sinks.data) total += exp_of(load_per_head<float>(forward.sinks, 0, h) - own_lse);
-    of_row.correction[own_row] = total > 0 ? log_of(total) : 0;
-}
-
-// dQ = scale dQ', a block of queries each; 0 where no key was visible.
-template <typename T>
-__global__ void __launch_bounds__(T::kThreads)
-    tensor_core_round_dq(const __grid_constant__ fa_backward_args args, const __grid_constant__ QueryGradient dq) {
-    using Element = typename T::Element;
-    using M = Mma<Element>;
-    const fa_forward_args &forward = args.forward;
-    const fa_place place = fa_place_of(blockIdx.x, forward.heads_q, fa_ceil_div(forward.seqlen_q, T::kBlockM));
-    const fa_sequence seq = fa_sequence_at(&forward, place.b);
-    const int64_t m0 = place.part * T::kBlockM;
-    if (m0 >= seq.len_q) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int query_warp = warp % T::kQueryWarps, column_warp = warp / T::kQueryWarps;
-    const int64_t block = place.head * dq.blocks + first_query_block<T::kBlockM>(forward, seq, place.b) + place.part;
-    const float scale = static_cast<float>(forward.softmax_scale);
-    const float4 *sums = reinterpret_cast<const float4 *>(dq.sums + block * dq.chains * T::kBlockM * T::kDim) +
-                         warp * (T::kQueryTiles * 2 * T::kColumnTiles) * 32 + lane;
-    bool is_there[kMostChains];
-#pragma unroll
-    for (int chain = 0; chain < kMostChains; ++chain)
-        is_there[chain] = chain < dq.chains && dq.turns[block * dq.chains + chain] > 0;
-    if constexpr (T::kFloat) {
-        const Rows<float> d_q(args.d_q, FA_FLOAT32, seq.batch_index, place.head, seq.row_q, forward.head_dim);
-#pragma unroll
-        for (int i = 0; i < T::kQueryTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < T::kColumnTiles; ++j) {
-                float x[2][4] = {};
-#pragma unroll
-                for (int chain = 0; chain < kMostChains; ++chain)
-#pragma unroll
-                    for (int side = 0; side < 2; ++side)
-                        if (is_there[chain]) {
-                            const float4 y =
-                                sums[chain * T::kBlockM * T::kDim / 4 + ((i * T::kColumnTiles + j) * 2 + side) * 32];
-                            x[side][0] += y.x, x[side][1] += y.y, x[side][2] += y.z, x[side][3] += y.w;
-                        }
-                const int column = 16 * (column_warp * T::kColumnTiles + j) + lane % 4 * 4;
-#pragma unroll
-                for (int upper = 0; upper < 2; ++upper) {
-                    const int64_t row = m0 + 16 * (query_warp * T::kQueryTiles + i) + 8 * upper + lane / 4;
-                    const float4 four = M::four_columns(x[0], x[1], upper);
-                    if (row < seq.len_q && column < forward.head_dim)
-                        *reinterpret_cast<float4 *>(d_q.at(row, column)) =
-                            make_float4(four.x * scale, four.y * scale, four.z * scale, four.w * scale);
-                }
-            }
-    } else {
-        __shared__ SwizzledTile<Element, T::kBlockM, T::kDim> tile;
-#pragma unroll
-        for (int i = 0; i < T::kQueryTiles; ++i)
-#pragma unroll
-            for (int j = 0; j < 2 * T::kColumnTiles; ++j) {
-                float4 x = make_float4(0, 0, 0, 0);
-#pragma unroll
-                for (int chain = 0; chain < kMostChains; ++chain)
-                    if (is_there[chain]) {
-                        const float4 y = sums[chain * T::kBlockM * T::kDim / 4 + (i * 2 * T::kColumnTiles + j) * 32];
-                        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-                    }
-                const int row = 16 * (query_warp * T::kQueryTiles + i) + lane / 4;
-                const int column = 2 * (j / 2 * T::kColumnWarps + column_warp) + j % 2;
-                store_shared(shared_address(tile.at(row, column)) + lane % 4 * 4,
-                             M::round_pair(x.x * scale, x.y * scale));
-                store_shared(shared_address(tile.at(row + 8, column)) + lane % 4 * 4,
-                             M::round_pair(x.z * scale, x.w * scale));
-            }
-        __syncthreads(); // all of the block is there
-        const Rows<float> d_q(args.d_q, kDtype<Element>, seq.batch_index, place.head, seq.row_q, forward.head_dim);
-        constexpr int kColumns = T::kDim / 8;
-        for (int index = threadIdx.x; index < T::kBlockM * kColumns; index += T::kThreads) {
-            const int r = index / kColumns, column = index % kColumns;
-            if (m0 + r < seq.len_q && column * 8 < forward.head_dim)
-                *reinterpret_cast<uint4 *>(d_q.at(m0 + r, column * 8)) =
-                    *reinterpret_cast<const uint4 *>(tile.at(r, column));
-        }
-    }
-}
-
 // base NULL: only counts.
 template <typename T>
 static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradient *dq, size_t *bytes) {
@@ -1064,18 +769,43 @@ static BackwardPlan plan_of(const fa_backward_args *args, void *base, QueryGradi
     return plan;
 }
 
-// Whether dS can be stored where it is made, and whether zeros have to be written first, where no row sees a key.
+template <typename T>
+static BackwardOrder order_of(const fa_forward_args &args, bool stores_d_bias) {
+    const int64_t heads = args.heads_kv * args.batch, group = args.heads_q / fa_max(args.heads_kv, 1);
+    const int64_t n_blocks = fa_ceil_div(args.seqlen_k, T::kBlockN);
+    int device = 0, sms = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    int64_t most = fa_ceil_div(sms * T::kBlocksPerSm, fa_clamp(n_blocks, 1, 4));
+    if (T::kHalves == 2 && !fa_has_unequal_rows(&args)) {
+        // 64 keys a block add to dQ' twice as often: it is to stay in the L2 cache
+        const int64_t row_bytes = T::kDim * static_cast<int64_t>(sizeof(float) + 2 * sizeof(typename T::Element));
+        most = fa_clamp(kDqCacheBytes / fa_max(group * args.seqlen_q * row_bytes, 1), 1, most);
+    }
+    const int64_t section = fa_ceil_div(heads, fa_max(fa_ceil_div(heads, most), 1)); // alike
+    return {static_cast<unsigned>(section),  static_cast<unsigned>(n_blocks), static_cast<int>(heads),
+            static_cast<int>(args.heads_kv), static_cast<int>(group),         stores_d_bias};
+}
+
+// Whether there may be blocks of scores where no row sees a key: no turn meets them.
 static inline bool leaves_blocks_out(const fa_forward_args &args) {
     return fa_has_unequal_rows(&args) || args.seqlens_q || args.seqlens_k;
 }
+
+// Whether dS can be stored as d_bias where it is made: over zeros, where turns leave blocks out.
 static inline bool can_store_d_bias(const fa_backward_args &args) {
     const fa_bias &t = args.d_bias;
     const fa_forward_args &forward = args.forward;
     const int64_t head = forward.seqlen_q * forward.seqlen_k;
-    const bool is_dense =
-        t.stride_q == forward.seqlen_k && t.stride_h == head && t.stride_b == forward.heads_q * head;
+    const bool is_dense = t.stride_q == forward.seqlen_k && t.stride_h == head && t.stride_b == forward.heads_q * head;
     return has_whole_rows(t, forward.dtype) && t.stride_b && t.stride_h && t.stride_q && forward.seqlen_k % 8 == 0 &&
            (is_dense || !leaves_blocks_out(forward));
+}
+
+static fa_status clear(void *at, int64_t bytes, cudaStream_t stream) {
+    FA_REQUIRE(bytes == 0 || cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream) == cudaSuccess, FA_ERROR_DEVICE,
+               "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
+    return FA_OK;
 }
 
 template <typename T, unsigned kFeatures>
@@ -1086,50 +816,31 @@ static fa_status launch(const fa_backward_args *args) {
     QueryGradient dq;
     size_t bytes;
     const BackwardPlan plan = plan_of<T>(args, forward->workspace, &dq, &bytes);
+    const bool stores_d_bias = kFeatures == kBias && can_store_d_bias(*args);
+    const BackwardOrder order = order_of<T>(*forward, stores_d_bias);
+    const int64_t row_blocks = fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch;
     FA_CHECK(fa_backward_rows(args, plan));
     if (T::kFloat && args->d_bias.data)
         FA_CHECK(fa_fused_backward_bias(args, plan)); // by the scores that lse was corrected by
     if constexpr (T::kFloat) {
         const auto kernel = tensor_core_correct_lse<T, kFeatures>;
         fa_allow_shared(reinterpret_cast<const void *>(kernel), sizeof(CorrectionSmem<T>)); // less than the backward's
-        FA_CHECK(fa_launch("tensor core backward, correction of lse", kernel,
-                           fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads,
+        FA_CHECK(fa_launch("tensor core backward, correction of lse", kernel, row_blocks, T::kThreads,
                            sizeof(CorrectionSmem<T>), stream, *args, plan, scores));
     }
-    if (plan.slope_sums) { // of keys that no row sees, too
-        const size_t sums = static_cast<size_t>(forward->batch * forward->heads_q * plan.slope_parts);
-        FA_REQUIRE(sums == 0 || cudaMemsetAsync(plan.slope_sums, 0, sums * sizeof(double), stream) == cudaSuccess,
-                   FA_ERROR_DEVICE, "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
-    }
-    const bool stores_d_bias = kFeatures == kBias && can_store_d_bias(*args);
-    if (stores_d_bias && leaves_blocks_out(*forward)) {
-        const int64_t elements = forward->batch * args->d_bias.stride_b;
-        FA_REQUIRE(cudaMemsetAsync(args->d_bias.data, 0, static_cast<size_t>(elements) * sizeof(typename T::Element),
-                                   stream) == cudaSuccess,
-                   FA_ERROR_DEVICE, "tensor core backward: %s", cudaGetErrorString(cudaGetLastError()));
-    }
-    const int64_t heads = forward->heads_kv * forward->batch;
-    int device = 0, sms = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    const int64_t n_blocks = fa_ceil_div(forward->seqlen_k, T::kBlockN);
-    int64_t most = fa_ceil_div(sms * T::kBlocksPerSm, fa_clamp(n_blocks, 1, 4));
-    if (T::kHalves == 2 &&
-        !fa_has_unequal_rows(forward)) { // 64 keys a block add to dQ' twice as often: it is to stay in the L2 cache
-        const int64_t bytes = forward->heads_q / fa_max(forward->heads_kv, 1) * forward->seqlen_q * T::kDim *
-                              static_cast<int64_t>(sizeof(float) + 2 * sizeof(typename T::Element));
-        most = fa_clamp(kDqCacheBytes / fa_max(bytes, 1), 1, most);
-    }
-    const int64_t section = fa_ceil_div(heads, fa_max(fa_ceil_div(heads, most), 1)); // alike
-    const BackwardOrder order = {static_cast<unsigned>(section), static_cast<unsigned>(n_blocks),
-                                 static_cast<int>(heads), static_cast<int>(forward->heads_kv),
-                                 static_cast<int>(forward->heads_q / fa_max(forward->heads_kv, 1)), stores_d_bias};
-    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kFeatures>, n_blocks * heads, T::kThreads,
-                       sizeof(typename T::template Smem<kFeatures>), stream, *args, plan, dq, order,
-                       scores));
-    FA_CHECK(fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>,
-                       fa_ceil_div(forward->seqlen_q, T::kBlockM) * forward->heads_q * forward->batch, T::kThreads, 0,
-                       stream, *args, dq));
+    if (plan.slope_sums) // of keys that no row sees, too
+        FA_CHECK(clear(plan.slope_sums,
+                       forward->batch * forward->heads_q * plan.slope_parts * static_cast<int64_t>(sizeof(double)),
+                       stream));
+    if (stores_d_bias && leaves_blocks_out(*forward))
+        FA_CHECK(clear(args->d_bias.data,
+                       forward->batch * args->d_bias.stride_b * static_cast<int64_t>(sizeof(typename T::Element)),
+                       stream));
+    FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kFeatures>,
+                       static_cast<int64_t>(order.n_blocks) * order.heads, T::kThreads,
+                       sizeof(typename T::template Smem<kFeatures>), stream, *args, plan, dq, order, scores));
+    FA_CHECK(
+        fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>, row_blocks, T::kThreads, 0, stream, *args, dq));
     if (!T::kFloat && args->d_bias.data && !stores_d_bias) FA_CHECK(fa_tensor_core_backward_bias(args, plan));
     return fa_backward_heads(args, plan);
 }

@@ -69,29 +69,6 @@ __device__ __forceinline__ void load_rows(float (&x)[kMTiles][2], int thread_row
         }
 }
 
-// acc += A B^T over whole rows of two tiles.
-template <typename T, typename PlaceA, typename PlaceB, int kNTiles>
-__device__ __forceinline__ void multiply_rows(float (&acc)[T::kMTiles][kNTiles][4], const PlaceA &place_a,
-                                              const PlaceB &place_b) {
-    using M = Mma<typename T::Element>;
-#pragma unroll
-    for (int d = 0; d < T::kDim; d += M::kDepth) {
-        typename M::A a[T::kMTiles];
-#pragma unroll
-        for (int i = 0; i < T::kMTiles; ++i) M::load_a(a[i], place_a, 16 * i, d);
-#pragma unroll
-        for (int n = 0; n < 8 * kNTiles; n += 16) {
-            typename M::B b[2];
-            M::load_b(b, place_b, d, n);
-#pragma unroll
-            for (int i = 0; i < T::kMTiles; ++i) {
-                M::multiply(acc[i][n / 8], a[i], b[0]);
-                M::multiply(acc[i][n / 8 + 1], a[i], b[1]);
-            }
-        }
-    }
-}
-
 // A warp's tile to global memory, as many of its rows and keys as are left. at: its first element's, in t.
 template <typename Element, int kMTiles, int kNTiles>
 __device__ __forceinline__ void store_tile(const fa_bias &t, int64_t at, const float (&acc)[kMTiles][kNTiles][4],
@@ -295,7 +272,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             load_rows(correction, thread_row, len_q, of_row.correction, 0.0f);
 
             float acc_s[kMTiles][kNTiles][4] = {};
-            if (sees) multiply_rows<T>(acc_s, place_rows, place_keys);
+            if (sees) multiply_rows<T::kDim>(acc_s, place_rows, place_keys);
             cp_async_wait<0>();
             __syncthreads(); // dO, V and the rule are there; Q and K were read
             next = next_visible(index + 1);
@@ -323,7 +300,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 auto place_d_o = place_rows;
                 auto place_v = place_keys;
                 place_d_o.address += sizeof tiles.q, place_v.address += sizeof tiles.k;
-                multiply_rows<T>(acc_dp, place_d_o, place_v);
+                multiply_rows<T::kDim>(acc_dp, place_d_o, place_v);
                 subtract_delta(acc_dp, turn_at(index));
                 each_entry<false, kMTiles, kNTiles>([&](int, int, int i, int j, int entry) {
                     if constexpr (kSums)

@@ -22,185 +22,13 @@
 #ifndef FA_TENSOR_CORE_FORWARD_CUH
 #define FA_TENSOR_CORE_FORWARD_CUH
 
-#include "cuda/divisor.cuh"
-#include "cuda/mma_float.cuh"
-#include "cuda/mma_scores.cuh"
-#include "cuda/ptx/sync.cuh"
+#include "cuda/tensor_core_forward_store.cuh"
 
 fa_status fa_tensor_core_forward_f32(const fa_forward_args *args);
 
 constexpr float kSlack = 8;
 constexpr float kFar = 1 << 20;             // a float32 of this size is rounded by 2^-4
 constexpr int64_t kSectionBytes = 32 << 20; // of K and V, at a time: half of an H200's L2 cache
-
-template <typename Element_, int kDim_, int kRowWarps_, int kColWarps_, int kMTiles_, int kBlockN_, int kStages_,
-          bool kKeepsQ_, int kBlocksPerSm_>
-struct ForwardTile {
-    using Element = Element_;
-    static constexpr int kDim = kDim_, kRowWarps = kRowWarps_, kColWarps = kColWarps_, kMTiles = kMTiles_;
-    static constexpr int kBlockN = kBlockN_, kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
-    static constexpr bool kKeepsQ = kKeepsQ_; // Q in registers
-    static constexpr int kWarpRows = 16 * kMTiles, kBlockM = kRowWarps * kWarpRows;
-    static constexpr int kThreads = 32 * kRowWarps * kColWarps;
-    static constexpr int kWarpKeys = kBlockN / kColWarps, kWarpDim = kDim / kColWarps;
-    struct Exchange { // between the warps of a row
-        SwizzledTile<Element, kBlockM, kBlockN> p;
-        float of_row[kColWarps][kBlockM]; // maxima of a turn, sums at the end
-        int grew[kRowWarps][kColWarps];
-    };
-    struct Nothing {};
-    using BiasTile = SwizzledTile<Element, kBlockM, kBlockN>; // behind Smem, where a bias is staged
-    template <bool kModified>
-    struct Smem {
-        SwizzledTile<Element, kBlockM, kDim> q;                      // O at the end
-        SwizzledTile<Element, kBlockN, kDim> k[kStages], v[kStages]; // this turn's and the next one's
-        std::conditional_t<kColWarps == 2, Exchange, Nothing> exchange;
-        fa_sequence seq; // kept here, as what follows, where they take no registers
-        const char *head_k, *head_v;
-        int row0, row_end, head; // of the block
-        struct {
-            Span some, all;
-        } keys[kThreads / 32];
-        std::conditional_t<kModified, MmaScoreRule, Nothing> rule;
-        __device__ BiasTile &bias() { return *reinterpret_cast<BiasTile *>(this + 1); }
-    };
-};
-
-// What the host knows: divisions are slow on the device.
-struct ForwardPlan {
-    // Of blocks: sections of heads, whose K and V fit the L2 cache, then rows, then heads. The last section may lack some.
-    Divisor section, section_blocks; // heads, blocks
-    Divisor heads_q, group;
-    int m_blocks, heads; // of all sequences
-    float keep;          // 1 / (1 - dropout_p)
-    bool stages_bias;    // through shared memory
-    MmaScorePlan scores;
-};
-
-// acc_o += P V, over 16 keys from row `key` of the tile of V on.
-template <typename T, int kOTiles, int kParts, typename Place>
-__device__ __forceinline__ void add_product(float (&acc_o)[T::kMTiles][kOTiles][4],
-                                            const typename Mma<typename T::Element>::A (&p)[T::kMTiles][kParts],
-                                            const Place &place_v, int key) {
-    using M = Mma<typename T::Element>;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
-#pragma unroll
-        for (int d = 0; d < 8 * kOTiles; d += 16) {
-            typename M::B values[2];
-            M::load_b_transposed(values, place_v, key + M::kDepth * part, T::kColWarps * d);
-#pragma unroll
-            for (int i = 0; i < T::kMTiles; ++i) {
-                M::multiply(acc_o[i][d / 8], p[i][part], values[0]);
-                M::multiply(acc_o[i][d / 8 + 1], p[i][part], values[1]);
-            }
-        }
-}
-
-// O / l and lse of a warp's rows, when its block has read Q, whose place in shared memory O takes.
-template <typename T, bool kModified>
-__device__ __forceinline__ void store_rows(typename T::template Smem<kModified> &smem, const fa_forward_args &args,
-                                           const ForwardPlan &plan, float (&acc_o)[T::kMTiles][T::kWarpDim / 8][4],
-                                           const float (&row_max)[T::kMTiles][2], float (&row_sum)[T::kMTiles][2],
-                                           float unit, bool is_far) {
-    using M = Mma<typename T::Element>;
-    constexpr int kMTiles = T::kMTiles, kOTiles = T::kWarpDim / 8;
-    constexpr bool kFloat = kDtype<typename T::Element> == FA_FLOAT32;
-    const int thread = thread_index_again(), warp = thread / 32, lane = thread % 32;
-    const int row_warp = warp / T::kColWarps, col_warp = warp % T::kColWarps;
-    if constexpr (T::kColWarps == 2) {
-#pragma unroll
-        for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                row_sum[i][half] = row_sum_of<4>(row_sum[i][half]);
-                if (lane % 4 == 0)
-                    smem.exchange.of_row[col_warp][row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4] =
-                        row_sum[i][half];
-            }
-        barrier_wait(1 + row_warp, 64); // both sums are there, Q was read
-    }
-    const int block_row0 = smem.row0, block_row_end = smem.row_end, head = smem.head;
-    float natural = static_cast<float>(args.softmax_scale); // a score of 1
-    if constexpr (kModified) natural = plan.scores.unit;
-    LanePlace place_o(smem.q, row_warp * T::kWarpRows + lane / 4, 2 * col_warp);
-    place_o.address += lane % 4 * 4;
-    int own_row = T::kBlockM; // each of a row's four lanes tells the lse of one of their rows
-    float own_sum = 0, own_most = 0;
-    static_assert(2 * kMTiles <= 4);
-    const bool has_sink = args.sinks.data != nullptr;
-    const float sink = has_sink ? load_per_head<float>(args.sinks, 0, head) : -infinity(0.0f);
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int r = row_warp * T::kWarpRows + 16 * i + 8 * half + lane / 4; // in the block
-            float sum, most = row_max[i][half] * natural;
-            if constexpr (T::kColWarps == 2)
-                sum = row_sum[i][half] + smem.exchange.of_row[1 - col_warp][r];
-            else
-                sum = row_sum_of<4>(row_sum[i][half]);
-            // P is of the rounded shift, the sink and lse are of m.
-            const float shift = product(row_max[i][half], unit);
-            float rescale =
-                is_far || most == -infinity(0.0f) ? 1.0f : ex2_approx(-fmaf(row_max[i][half], unit, -shift));
-            sum *= rescale;
-            if (has_sink && sink != -infinity(0.0f)) {
-                const float higher = fmaxf(most, sink), factor = exp_of(most - higher);
-                sum = sum * factor + exp_of(sink - higher);
-                rescale *= factor;
-                most = higher;
-            }
-            const float normalise = sum == 0 ? 0 : rescale * plan.keep * rcp_approx(sum); // a NaN stays one
-            if constexpr (kFloat) {
-                const Rows<float> o(args.o, FA_FLOAT32, smem.seq.batch_index, head, smem.seq.row_q, args.head_dim_v);
-#pragma unroll
-                for (int j = 0; j < kOTiles; j += 2) {
-                    const float4 x = M::four_columns(acc_o[i][j], acc_o[i][j + 1], half);
-                    const int column = 8 * j + lane % 4 * 4;
-                    if (block_row0 + r < block_row_end && column < args.head_dim_v)
-                        *reinterpret_cast<float4 *>(o.at(block_row0 + r, column)) =
-                            make_float4(x.x * normalise, x.y * normalise, x.z * normalise, x.w * normalise);
-                }
-            } else {
-#pragma unroll
-                for (int j = 0; j < kOTiles; ++j) {
-                    store_shared(
-                        place_o.at(16 * i + 8 * half, T::kColWarps * (j / 2 * 2) + j % 2),
-                        M::round_pair(acc_o[i][j][2 * half] * normalise, acc_o[i][j][2 * half + 1] * normalise));
-                }
-            }
-            if (lane % 4 == 2 * i + half) own_row = r, own_sum = sum, own_most = most;
-        }
-    if (col_warp == 0 && own_row < T::kBlockM && block_row0 + own_row < block_row_end)
-        store(args.lse.data, FA_FLOAT32,
-              fa_row_offset(&args.lse, smem.seq.batch_index, head, smem.seq.row_q + block_row0 + own_row),
-              own_sum == 0 ? -infinity(0.0f) : own_most + logf(own_sum));
-    if constexpr (!kFloat) {
-        if constexpr (T::kColWarps == 2)
-            barrier_wait(1 + row_warp, 64); // the rows are there
-        else
-            __syncwarp();
-        const Rows<float> o(args.o, kDtype<typename T::Element>, smem.seq.batch_index, head, smem.seq.row_q,
-                            args.head_dim_v);
-        // A lane stays in its column; four of its rows at a time.
-        constexpr int kColumns = T::kDim / 8, kStep = 32 * T::kColWarps / kColumns;
-        const int index = col_warp * 32 + lane, column = index % kColumns;
-        const int r = row_warp * T::kWarpRows + index / kColumns, rows_left = block_row_end - block_row0 - r;
-        if (index >= kStep * kColumns || column * 8 >= args.head_dim_v) return;
-        auto *to = o.at(block_row0 + r, column * 8);
-#pragma unroll
-        for (int first = 0; first < T::kWarpRows / kStep; first += 4) {
-            uint4 x[4];
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-                x[n] = *reinterpret_cast<const uint4 *>(smem.q.at(r + (first + n) * kStep, column));
-#pragma unroll
-            for (int n = 0; n < 4; ++n, to += kStep * args.o.stride_l * sizeof(typename T::Element))
-                if ((first + n) * kStep < rows_left) *reinterpret_cast<uint4 *>(to) = x[n];
-        }
-    }
-}
 
 template <typename T, unsigned kFeatures>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
@@ -244,7 +72,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const int key_first = __shfl_sync(~0u, asked_lo, 0) / T::kBlockN * T::kBlockN;
     const int key_end = __shfl_sync(~0u, asked_hi, 1);
     using KeyCopy = TileCopy<T::kThreads, std::remove_reference_t<decltype(smem.k[0])>,
-                             T::kDim == 128 && T::kColWarps == 1 && !kFloat ? 2 : 1>; // measured
+                             !kModified && !kFloat && T::kDim == 128 ? 2 : 1>; // more would cost registers, or time
     const auto copy_of = [&](const fa_tensor &t, const char *head, int64_t width, int n0) {
         return KeyCopy(head, t.stride_l, width, n0, key_end);
     };
@@ -263,8 +91,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     const float natural = kModified ? plan.scores.unit : static_cast<float>(args.softmax_scale); // a score of 1
     const float unit = 1.44269504f * natural;
     const auto staged_bias = [&] { // this warp's part, of a turn
-        return StagedBias<typename T::BiasTile>{kFeatures == kBias || plan.stages_bias, &smem.bias(), row_warp * T::kWarpRows,
-                                                col_warp * T::kWarpKeys};
+        return StagedBias<typename T::BiasTile>{kFeatures == kBias || plan.stages_bias, &smem.bias(),
+                                                row_warp * T::kWarpRows, col_warp * T::kWarpKeys};
     };
     const auto copy_bias = [&](int64_t head_at, int block_row0, int block_row_end, int n0) {
         if (staged_bias().is_there)
@@ -328,7 +156,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const auto copy_parts = [&](int step, int steps) {
                 // ptxas puts three empty instructions between a load of shared memory and a copy to it, but not between
                 // copies: these come in groups.
-                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies, kGroup = T::kColWarps == 2 ? 8 : 4;
+                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies, kGroup = 8;
                 constexpr int kGroups = (kCopies + kGroup - 1) / kGroup;
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n)
@@ -380,8 +208,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const auto warp_row = [&] { return smem.row0 + row_warp * T::kWarpRows; };
             if constexpr (kModified) {
                 modify_scores<kFeatures, typename T::Element, false>(
-                    acc_s, args, smem.seq, plan.scores, smem.rule, warp_row() + lane / 4, thread_key, [](int, int, int, float) {},
-                    staged_bias());
+                    acc_s, args, smem.seq, plan.scores, smem.rule, warp_row() + lane / 4, thread_key,
+                    [](int, int, int, float) {}, staged_bias());
             }
             if (n0 < keys.all.lo || n0 + T::kBlockN > keys.all.hi)
                 hide_scores<false>(acc_s, args, smem.seq, warp_row() + lane / 4, thread_key);
@@ -495,10 +323,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                             if (drops && !(kept[i][entry / 2] & (entry % 2 ? 0x80000000 : 0x8000))) s = 0;
                     }
                     M::from_scores(p[i], left, right);
-                    if constexpr (kModified && !kFloat)
-                        if (drops)
+                    if constexpr (kModified && !kFloat) {
 #pragma unroll
-                            for (int word = 0; word < 4; ++word) p[i][0].x[word] &= kept[i][word];
+                        for (int word = 0; word < 4; ++word)
+                            if (drops) p[i][0].x[word] &= kept[i][word];
+                    }
                 }
             };
             const auto after_values = [&](int step) {
@@ -521,10 +350,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                     for (int step = 0; step < kSteps; ++step) {
                         typename M::A p[kMTiles][kParts];
                         probabilities(drops, p, step);
-                        if constexpr (kFloat)
-                            add_product(acc_o, p, place_v, 16 * step);
-                        else
-                            add_product<T>(acc_o, p, place_v, 16 * step);
+                        add_product(acc_o, p, place_v, 16 * step);
                         after_values(step);
                     }
                 } else {
@@ -556,7 +382,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                         typename M::A p[kMTiles][kParts];
 #pragma unroll
                         for (int i = 0; i < kMTiles; ++i) M::load_a(p[i][0], place_p, 16 * i, 16 * step);
-                        add_product<T>(acc_o, p, place_v, 16 * step);
+                        add_product<T::kColWarps>(acc_o, p, place_v, 16 * step);
                         after_values(step);
                     }
                 }
