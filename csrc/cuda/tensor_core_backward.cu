@@ -5,7 +5,7 @@ template <typename Element, unsigned kFeatures>
 static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {
     const fa_forward_args &forward = args->forward;
     const bool is_short =
-        fa_max(forward.head_dim, forward.head_dim_v) <= 32 || (forward.causal && forward.seqlen_q <= 512);
+        fa_max(forward.head_dim, forward.head_dim_v) <= 32 || (forward.causal && forward.seqlen_q <= 1024);
     fa_status status = FA_OK;
     // clang-format off
     //                                        dim, key warps, halves, m tiles, queries, blocks an SM

@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
         // Copies come in groups: ptxas puts three empty instructions between a load of shared memory and a copy to it.
         constexpr int kCopyGroup = 4, kCopyGroups = (QueryCopy::kCopies + kCopyGroup - 1) / kCopyGroup;
-        constexpr bool kCopiesTogether = !kFloat && T::kDim <= 64; // of Q and dO
+        constexpr bool kCopiesTogether = !kFloat && T::kDim <= 64 && T::kBlockM <= 64; // of Q and dO
         const auto copy_next_d_o = [&] {
             copy_d_o(next).all(smem.d_o[stage ^ 1], plan.has_blind_rows ? next.lse : nullptr);
         };
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                                         queries[step % 2][j]);
 #pragma unroll
                     for (int n = 0; n < QueryCopy::kCopies; ++n)
-                        if (n / kCopyGroup * kSteps / kCopyGroups == step) next_q.part(smem.q[stage ^ 1], n);
+                        if (n / kCopyGroup * kSteps / kCopyGroups + kAhead == step) next_q.part(smem.q[stage ^ 1], n);
                     if (kCopiesTogether && step == 0) copy_next_d_o();
                 }
             }

@@ -156,11 +156,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const auto copy_parts = [&](int step, int steps) {
                 // ptxas puts three empty instructions between a load of shared memory and a copy to it, but not between
                 // copies: these come in groups.
-                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies, kGroup = 8;
+                constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies,
+                              kGroup = kFloat || T::kColWarps == 2 ? 8 : 16;
+                constexpr int kFirst = kGroup == 16; // behind the first products
                 constexpr int kGroups = (kCopies + kGroup - 1) / kGroup;
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n)
-                    if (n / kGroup * steps / kGroups == step) {
+                    if (n / kGroup * steps / kGroups + kFirst == step) {
                         if (n == KeyCopy::kCopies) copy = copy_k();
                         copy.part(n < KeyCopy::kCopies ? next_v : next_k, n % KeyCopy::kCopies);
                     }
