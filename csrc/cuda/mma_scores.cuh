@@ -41,7 +41,7 @@ __device__ __forceinline__ void hide_scores(float (&acc)[kMTiles][kNTiles][4], c
     }
 }
 
-// acc = cap_out tanh(cap_in acc): by the cubic where all of a warp's entries are near, under 6 instructions each with the
+// acc = cap_out tanh(cap_in acc): by the cubic where all of a warp's entries are near, 6 instructions each with the
 // test, else tanh = 1 - 2 / (1 + e^2u), which would cancel there.
 template <typename Element, int kMTiles, int kNTiles>
 __device__ __forceinline__ void cap_products(float (&acc)[kMTiles][kNTiles][4], const MmaScorePlan &plan) {

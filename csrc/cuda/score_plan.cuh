@@ -19,7 +19,8 @@ enum ScoreFeatures : unsigned {
     kSlopes = 2,
     kBias = 4, // alone: one that is staged through shared memory
     kDropout = 8,
-    kAnyFeature = 31, // and a softmax_scale that is not positive, a bias of any strides, d_alibi_slopes
+    kAnyFeature =
+        31, // all, and what has no bit: a softmax_scale that is not positive, a bias of any strides, d_alibi_slopes
 };
 
 // Whether a bias of 16 bits has rows made of 16 bytes, aligned: it goes through shared memory.
@@ -68,11 +69,13 @@ struct MmaScorePlan {
         const float square = cap_in * cap_in;
         const bool tiny = square < 1e-12f; // its cube would be subnormal
         cap_slope = -square;
-        cap_near = cap_in == 0 ? INFINITY : (tiny ? kCapNearer : kCapNear) / std::fabs(cap_in);
         cap[0] = kCap0;
         cap[1] = kCap1 * square;
         cap[2] = tiny ? 0 : kCap2 * square * square;
         cap[3] = tiny ? 0 : kCap3 * square * square * square;
+        cap_near = cap_in == 0              ? INFINITY
+                   : !std::isfinite(cap[3]) ? -1.0f // none: not even 0 times that
+                                            : (tiny ? kCapNearer : kCapNear) / std::fabs(cap_in);
         unit = has_slopes || has_bias || flips ? 1.0f : inner;
         const uint32_t threshold = fa_dropout_threshold(args.dropout_p);
         dropout_rest = threshold > 0xFFFF ? 0 : (0x8000 - (threshold & 0x7FFF)) * 0x10001u;

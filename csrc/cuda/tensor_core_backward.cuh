@@ -303,6 +303,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
                 // ahead.
                 constexpr int kAhead = T::kHalves == 2;
                 constexpr int kQuerySteps = T::kWarpQueries / 16, kSteps = T::kDim / M::kDepth * kQuerySteps;
+                static_assert((kCopyGroups - 1) * kSteps / kCopyGroups + kAhead < kSteps, "all copies are issued");
                 typename M::A a[2][kMTiles];
                 typename M::B queries[2][2];
                 const auto load_a = [&](int step) {
@@ -792,13 +793,21 @@ static inline bool leaves_blocks_out(const fa_forward_args &args) {
     return fa_has_unequal_rows(&args) || args.seqlens_q || args.seqlens_k;
 }
 
-// Whether dS can be stored as d_bias where it is made: over zeros, where turns leave blocks out.
+// Whether dS can be stored as d_bias where it is made: no axis is summed, and where turns leave blocks out there are zeros
+// first. It is rounded as dK and dQ take it: P once, dS once.
 static inline bool can_store_d_bias(const fa_backward_args &args) {
     const fa_bias &t = args.d_bias;
     const fa_forward_args &forward = args.forward;
-    const int64_t head = forward.seqlen_q * forward.seqlen_k;
-    const bool is_dense = t.stride_q == forward.seqlen_k && t.stride_h == head && t.stride_b == forward.heads_q * head;
-    return has_whole_rows(t, forward.dtype) && t.stride_b && t.stride_h && t.stride_q && forward.seqlen_k % 8 == 0 &&
+    const int64_t sizes[3] = {forward.seqlen_q, forward.heads_q, forward.batch};
+    const int64_t strides[3] = {t.stride_q, t.stride_h, t.stride_b};
+    int64_t dense = forward.seqlen_k;
+    bool is_summed = false, is_dense = true;
+    for (int axis = 0; axis < 3; dense *= sizes[axis++])
+        if (sizes[axis] > 1) {
+            is_summed |= strides[axis] == 0;
+            is_dense &= strides[axis] == dense;
+        }
+    return has_whole_rows(t, forward.dtype) && !is_summed && forward.seqlen_k % 8 == 0 &&
            (is_dense || !leaves_blocks_out(forward));
 }
 
@@ -834,10 +843,11 @@ static fa_status launch(const fa_backward_args *args) {
                        stream));
     if (stores_d_bias && leaves_blocks_out(*forward))
         FA_CHECK(clear(args->d_bias.data,
-                       forward->batch * args->d_bias.stride_b * static_cast<int64_t>(sizeof(typename T::Element)),
+                       forward->batch * forward->heads_q * forward->seqlen_q * forward->seqlen_k *
+                           static_cast<int64_t>(sizeof(typename T::Element)),
                        stream));
     FA_CHECK(fa_launch("tensor core backward", tensor_core_backward<T, kFeatures>,
-                       static_cast<int64_t>(order.n_blocks) * order.heads, T::kThreads,
+                       fa_ceil_div(forward->seqlen_k, T::kBlockN) * forward->heads_kv * forward->batch, T::kThreads,
                        sizeof(typename T::template Smem<kFeatures>), stream, *args, plan, dq, order, scores));
     FA_CHECK(
         fa_launch("tensor core backward, dQ", tensor_core_round_dq<T>, row_blocks, T::kThreads, 0, stream, *args, dq));

@@ -28,7 +28,7 @@ struct BiasTile {
     static constexpr int kBlockN = kBlockN_, kBlocksPerSm = kBlocksPerSm_;
     static constexpr int kWarpRows = 16 * kMTiles, kBlockM = kRowWarps * kWarpRows, kWarpKeys = kBlockN / kColWarps;
     static constexpr int kThreads = 32 * kRowWarps * kColWarps;
-    static_assert(kWarpKeys % 16 == 0, "drop takes 16 x 16 entries");
+    static_assert(kWarpKeys % 16 == 0, "keep_masks takes 16 x 16 entries");
     struct Tiles {
         SwizzledTile<Element, kBlockM, kDim> q, d_o;
         SwizzledTile<Element, kBlockN, kDim> k, v;

@@ -1,4 +1,4 @@
-// The begin of the backward on tensor cores in float32: what rounding took from lse.
+// The beginning of the backward on tensor cores in float32: what rounding took from lse.
 #ifndef FA_TENSOR_CORE_BACKWARD_LSE_CUH
 #define FA_TENSOR_CORE_BACKWARD_LSE_CUH
 

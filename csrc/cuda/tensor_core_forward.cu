@@ -16,7 +16,8 @@ static fa_status by_head_dim(const fa_forward_args *args) {
         try_tile<ForwardTile<Element, 128, 4, 1, 2,  64, 2, false, 2>, kFeatures>(args, &status))
         return status;
     if constexpr (!kModified) // short: one block computes while the other's first rows arrive, and fewer scores are hidden
-        if (is_short && try_tile<ForwardTile<Element, 256, 2, 2, 2, 64, 1, false, 2>, kFeatures>(args, &status))
+        if (is_short && fits_tile<ForwardTile<Element, 256, 4, 2, 2, 128, 1, false, 1>, kFeatures>() && // 227 KiB: for both
+            try_tile<ForwardTile<Element, 256, 2, 2, 2, 64, 1, false, 2>, kFeatures>(args, &status))
             return status;
     if constexpr (!kModified) // half as many barriers and exchanges; it needs all of 227 KiB
         if (try_tile<ForwardTile<Element, 192, 4, 2, 2, 128, 1, false, 1>, kFeatures>(args, &status) ||

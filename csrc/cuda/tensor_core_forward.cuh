@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             } else {
                 // 16 keys of a part of the depth are a step; operands are loaded a step ahead.
                 constexpr int kKeySteps = T::kWarpKeys / 16, kSteps = T::kDim / M::kDepth * kKeySteps;
+                static_assert(kSteps > 1 && (T::kColWarps == 1 || KeyCopy::kCopies % 8 == 0), "all copies are issued");
                 typename M::A a[2][kMTiles];
                 typename M::B key[2][2];
                 const auto load_q = [&](int d_step, int i) {
@@ -429,6 +430,12 @@ static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
     return fa_launch("tensor core forward", tensor_core_forward<T, kFeatures>,
                      fa_ceil_div(heads, section) * section * m_blocks, T::kThreads, shared_bytes, fa_stream(args),
                      *args, plan);
+}
+
+template <typename T, unsigned kFeatures>
+static bool fits_tile() {
+    return fa_allow_shared(reinterpret_cast<const void *>(tensor_core_forward<T, kFeatures>),
+                           sizeof(typename T::template Smem<kFeatures != kProducts>));
 }
 
 // Launches a tile that holds the rows and that the device has the shared memory for; false: neither.

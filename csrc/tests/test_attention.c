@@ -92,9 +92,11 @@ static const attention_case kCases[] = {
     // One feature alone, head_dims of 64 and 128: kernels of their own. Bias: rows of whole 16 bytes.
     {"16 bits, softcap of near scores", 1, 2, 1, 65, 193, 128, .softcap = 20, .narrow = true},
     {"16 bits, softcap, grouped heads", 1, 4, 2, 130, 129, 64, .softcap = 1.5, .magnitude = 5, .causal = true, .narrow = true},
+    {"16 bits, tiny softcap", 1, 2, 1, 65, 127, 64, .softcap = 1e-8, .narrow = true},
     {"16 bits, slopes", 2, 4, 2, 129, 193, 64, .alibi = 2, .causal = true, .const_extras = true, .narrow = true},
     {"16 bits, slopes, full", 1, 2, 1, 193, 129, 104, 128, .alibi = 1, .const_extras = true, .narrow = true},
     {"16 bits, bias", 2, 4, 2, 129, 136, 64, .bias = "bhqk", .narrow = true},
+    {"16 bits, bias, transposed", 2, 2, 2, 65, 136, 64, .bias = "bhqk", .layout = LAYOUT_BLHD, .narrow = true},
     {"16 bits, bias, causal", 1, 2, 1, 200, 264, 128, .bias = "bhqk", .causal = true, .narrow = true},
     {"16 bits, bias, padded", 3, 2, 1, 129, 136, 104, .bias = "bhqk", .lengths = LENGTHS_PADDED, .narrow = true},
     {"16 bits, bias without gradient", 1, 2, 1, 129, 200, 128, .bias = "hqk-", .window = true, .window_left = 90,
