@@ -101,6 +101,7 @@ static const attention_case kCases[] = {
     {"16 bits, bias, padded", 3, 2, 1, 129, 136, 104, .bias = "bhqk", .lengths = LENGTHS_PADDED, .narrow = true},
     {"16 bits, bias without gradient", 1, 2, 1, 129, 200, 128, .bias = "hqk-", .window = true, .window_left = 90,
      .window_right = 20, .const_extras = true, .narrow = true},
+    {"16 bits, bias of one batch", 1, 2, 1, 129, 200, 128, .bias = "hqk", .causal = true, .narrow = true},
     {"16 bits, bias of all batches", 2, 2, 2, 70, 200, 64, .bias = "hqk", .causal = true, .narrow = true},
     {"16 bits, dropout", 1, 4, 2, 129, 193, 64, .dropout_p = 0.3, .causal = true, .narrow = true},
     {"16 bits, dropout, full", 2, 2, 2, 65, 129, 128, .dropout_p = 0.1, .narrow = true},
