@@ -19,6 +19,11 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/rows.cuh"
 
+// A member of what stands in shared memory, in the kernels that need it.
+struct Nothing {};
+template <bool kIsThere, typename Member>
+using Where = std::conditional_t<kIsThere, Member, Nothing>;
+
 template <typename Element_, int kHeight_, int kWidth_>
 struct SwizzledTile {
     using Element = Element_;

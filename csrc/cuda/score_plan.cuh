@@ -61,7 +61,7 @@ struct MmaScorePlan {
 
     explicit MmaScorePlan(const fa_forward_args &args)
         : caps(args.softcap > 0), has_slopes(args.alibi_slopes.data), has_bias(args.bias.data),
-          drops(fa_dropout_threshold(args.dropout_p) != 0), dropout_offset(args.dropout_offset) {
+          dropout_offset(args.dropout_offset) {
         inner = static_cast<float>(args.softmax_scale);
         flips = inner <= 0;
         cap_in = caps ? inner * static_cast<float>(1 / args.softcap) : 0;
@@ -78,6 +78,7 @@ struct MmaScorePlan {
                                             : (tiny ? kCapNearer : kCapNear) / std::fabs(cap_in);
         unit = has_slopes || has_bias || flips ? 1.0f : inner;
         const uint32_t threshold = fa_dropout_threshold(args.dropout_p);
+        drops = threshold != 0;
         dropout_rest = threshold > 0xFFFF ? 0 : (0x8000 - (threshold & 0x7FFF)) * 0x10001u;
         dropout_either = threshold < 0x8000 ? ~0u : 0;
     }

@@ -1,5 +1,5 @@
 // FlashAttention backward on tensor cores, float16 and bfloat16: the rows of the tile table.
-#include "cuda/tensor_core_backward.cuh"
+#include "cuda/tensor_core_backward_launch.cuh"
 
 template <typename Element, unsigned kFeatures>
 static fa_status by_head_dim(const fa_backward_args *args, size_t *bytes) {

@@ -1,5 +1,5 @@
 // FlashAttention backward on tensor cores, float32: the rows of the tile table.
-#include "cuda/tensor_core_backward.cuh"
+#include "cuda/tensor_core_backward_launch.cuh"
 
 // Eight warps an SM, which take 255 registers: two blocks of four where the shared memory holds both, so that one
 // multiplies while the other waits. A warp's 16 or 32 keys are those whose dK or dV its registers hold.

@@ -3,7 +3,7 @@
 #ifndef FA_TENSOR_CORE_BACKWARD_TILE_CUH
 #define FA_TENSOR_CORE_BACKWARD_TILE_CUH
 
-#include "cuda/fused_backward.cuh"
+#include "cuda/backward.cuh"
 #include "cuda/mma_float.cuh"
 #include "cuda/mma_scores.cuh"
 
@@ -30,8 +30,6 @@ __device__ __forceinline__ int64_t first_query_block(const fa_forward_args &args
     return args.cu_seqlens_q ? seq.row_q / kBlockM + b : b * fa_ceil_div(args.seqlen_q, kBlockM);
 }
 
-struct Nothing {};
-
 template <typename Element_, int kDim_, int kKeyWarps_, int kHalves_, int kMTiles_, int kBlockM_, int kBlocksPerSm_>
 struct BackwardTile {
     using Element = Element_;
@@ -49,8 +47,6 @@ struct BackwardTile {
     struct Fragments { // of P^T, or the slopes of the softcap, of a pair: as registers of the lanes
         std::conditional_t<kFloat, float4, uint4> x[kWarpQueries / 16][kMTiles][kFloat ? 2 : 1][32];
     };
-    template <bool kIsThere, typename Member>
-    using Where = std::conditional_t<kIsThere, Member, Nothing>;
     using BiasTile = SwizzledTile<Element, kBlockM, kBlockN % 32 ? 64 : kBlockN>; // tiles of 16 keys stage none
     // What a turn reads and adds to: made a turn ahead by one thread, from the turn before.
     struct alignas(16) Turn {

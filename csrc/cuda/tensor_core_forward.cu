@@ -1,5 +1,5 @@
 // FlashAttention forward on tensor cores, float16 and bfloat16: the rows of the tile table.
-#include "cuda/tensor_core_forward.cuh"
+#include "cuda/tensor_core_forward_launch.cuh"
 
 // Rows of Q, K and V in shared memory, 32 rows a warp where the registers hold their O, two blocks an SM where they hold
 // both. The first tile that fits: rows for less shared memory stand last.

@@ -24,11 +24,8 @@
 
 #include "cuda/tensor_core_forward_store.cuh"
 
-fa_status fa_tensor_core_forward_f32(const fa_forward_args *args);
-
 constexpr float kSlack = 8;
-constexpr float kFar = 1 << 20;             // a float32 of this size is rounded by 2^-4
-constexpr int64_t kSectionBytes = 32 << 20; // of K and V, at a time: half of an H200's L2 cache
+constexpr float kFar = 1 << 20; // a float32 of this size is rounded by 2^-4
 
 template <typename T, unsigned kFeatures>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
@@ -154,8 +151,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             copy_next_bias(n0 + T::kBlockN);
         } else {
             const auto copy_parts = [&](int step, int steps) {
-                // ptxas puts three empty instructions between a load of shared memory and a copy to it, but not between
-                // copies: these come in groups.
                 constexpr int kCopies = (3 - T::kColWarps) * KeyCopy::kCopies,
                               kGroup = kFloat || T::kColWarps == 2 ? 8 : 16;
                 constexpr int kFirst = kGroup == 16; // behind the first products
@@ -405,52 +400,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     __syncthreads(); // no copy is under way, Q was read: O takes its place
 
     store_rows<T, kModified>(smem, args, plan, acc_o, row_max, row_sum, unit, is_far);
-}
-
-template <typename T, unsigned kFeatures>
-static fa_status launch(const fa_forward_args *args, size_t shared_bytes) {
-    const int64_t heads = args->heads_q * args->batch, group = args->heads_q / fa_max(args->heads_kv, 1);
-    const int64_t head_bytes = args->seqlen_k * (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->dtype);
-    const int64_t m_blocks = fa_ceil_div(args->seqlen_q, T::kBlockM);
-    // Where rows are unequally long: the longest of many heads first. Else head by head.
-    const int64_t fitting = fa_clamp(kSectionBytes / fa_max(head_bytes, 1) * group, group, fa_max(heads, 1));
-    if (heads == 0 || m_blocks == 0) return FA_OK;
-    const int64_t most = fa_has_unequal_rows(args) ? fa_max(fitting, 1) : 1;
-    const int64_t section = fa_ceil_div(heads, fa_ceil_div(heads, most)); // alike
-    const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
-    const ForwardPlan plan = {divisor(section),
-                              divisor(section * m_blocks),
-                              divisor(args->heads_q),
-                              divisor(group),
-                              static_cast<int>(m_blocks),
-                              static_cast<int>(heads),
-                              static_cast<float>(1 / (1 - args->dropout_p)),
-                              shared_bytes > sizeof(typename T::template Smem<kFeatures != kProducts>),
-                              MmaScorePlan(*args)};
-    return fa_launch("tensor core forward", tensor_core_forward<T, kFeatures>,
-                     fa_ceil_div(heads, section) * section * m_blocks, T::kThreads, shared_bytes, fa_stream(args),
-                     *args, plan);
-}
-
-template <typename T, unsigned kFeatures>
-static bool fits_tile() {
-    return fa_allow_shared(reinterpret_cast<const void *>(tensor_core_forward<T, kFeatures>),
-                           sizeof(typename T::template Smem<kFeatures != kProducts>));
-}
-
-// Launches a tile that holds the rows and that the device has the shared memory for; false: neither.
-template <typename T, unsigned kFeatures>
-static bool try_tile(const fa_forward_args *args, fa_status *status) {
-    if (fa_max(args->head_dim, args->head_dim_v) > T::kDim) return false;
-    const void *kernel = reinterpret_cast<const void *>(tensor_core_forward<T, kFeatures>);
-    // The limit is the kernel's, for all threads of the program: it is never lowered.
-    const size_t plain_bytes = sizeof(typename T::template Smem<kFeatures != kProducts>),
-                 staged_bytes = plain_bytes + sizeof(typename T::BiasTile);
-    const bool can_stage = (kFeatures & kBias) && fa_allow_shared(kernel, staged_bytes);
-    if (!can_stage && (kFeatures == kBias || !fa_allow_shared(kernel, plain_bytes))) return false;
-    const size_t shared_bytes = can_stage && has_whole_rows(args->bias, args->dtype) ? staged_bytes : plain_bytes;
-    *status = launch<T, kFeatures>(args, shared_bytes);
-    return true;
 }
 
 #endif

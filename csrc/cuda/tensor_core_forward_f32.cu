@@ -1,5 +1,5 @@
 // FlashAttention forward on tensor cores, float32: the rows of the tile table.
-#include "cuda/tensor_core_forward.cuh"
+#include "cuda/tensor_core_forward_launch.cuh"
 
 // Two blocks an SM, so that one multiplies while the other has its softmax: 32 keys a turn leave the shared memory for
 // both. 32 rows a warp, where the registers hold their O, halve the work of splitting K and V. No tile takes more than

@@ -21,20 +21,19 @@ struct ForwardTile {
         float of_row[kColWarps][kBlockM]; // maxima of a turn, sums at the end
         int grew[kRowWarps][kColWarps];
     };
-    struct Nothing {};
     using BiasTile = SwizzledTile<Element, kBlockM, kBlockN>; // behind Smem, where a bias is staged
     template <bool kModified>
     struct Smem {
         SwizzledTile<Element, kBlockM, kDim> q;                      // O at the end
         SwizzledTile<Element, kBlockN, kDim> k[kStages], v[kStages]; // this turn's and the next one's
-        std::conditional_t<kColWarps == 2, Exchange, Nothing> exchange;
+        Where<kColWarps == 2, Exchange> exchange;
         fa_sequence seq; // kept here, as what follows, where they take no registers
         const char *head_k, *head_v;
         int row0, row_end, head; // of the block
         struct {
             Span some, all;
         } keys[kThreads / 32];
-        std::conditional_t<kModified, MmaScoreRule, Nothing> rule;
+        Where<kModified, MmaScoreRule> rule;
         __device__ BiasTile &bias() { return *reinterpret_cast<BiasTile *>(this + 1); }
     };
 };
