@@ -81,10 +81,10 @@ define remember
 @echo '$(1)' | cmp -s - $@ || { echo '$(1)' > $@.$$$$ && mv $@.$$$$ $@; }
 endef
 
-$(BUILD)/obj/flash_attention.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA)
+$(BUILD)/obj/kernel_table.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA)
 $(BUILD)/obj/bench/gpu.o: FLAGS = $(if $(CUDA_SOURCES),-DFA_WITH_CUDA $(CUDA_INCLUDES))
 $(BUILD)/obj/cpu/isa/%.o: FLAGS = $(FLAGS_$(firstword $(subst _, ,$(notdir $*))))
-$(BUILD)/obj/flash_attention.o $(BUILD)/obj/bench/gpu.o: $(BUILD)/objects
+$(BUILD)/obj/kernel_table.o $(BUILD)/obj/bench/gpu.o: $(BUILD)/objects
 $(BUILD)/obj/%.o: csrc/%.c $(BUILD)/flags
 	$(call compile,$(CC) $(C_FLAGS) $(FLAGS))
 $(BUILD)/obj/%.cu.o: csrc/%.cu $(BUILD)/cuda-flags

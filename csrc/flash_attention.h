@@ -36,7 +36,13 @@ typedef enum fa_status {
     FA_ERROR_DEVICE = 5,      // the device refused a launch
 } fa_status;
 
-typedef enum fa_dtype { FA_FLOAT32 = 0, FA_FLOAT64 = 1, FA_FLOAT16 = 2, FA_BFLOAT16 = 3 } fa_dtype;
+typedef enum fa_dtype {
+    FA_FLOAT32 = 0,
+    FA_FLOAT64 = 1,
+    FA_FLOAT16 = 2,
+    FA_BFLOAT16 = 3,
+    FA_FLOAT8_E4M3 = 4, // finite, one NaN (OCP E4M3): of a key/value cache alone
+} fa_dtype;
 typedef enum fa_device { FA_CPU = 0, FA_CUDA = 1 } fa_device;
 typedef enum fa_pass { FA_FORWARD = 0, FA_BACKWARD = 1 } fa_pass;
 typedef enum fa_impl {
@@ -134,6 +140,75 @@ fa_status fa_check_lengths(const fa_forward_args *args);
 
 fa_status fa_forward(const fa_forward_args *args);
 fa_status fa_backward(const fa_backward_args *args);
+
+// ---- key/value cache -------------------------------------------------------------------------------------------------
+//
+// Attention of Lq new tokens a sequence over a cache of keys and values, which first takes those of the new tokens. A cache
+// is made of pages: token t of sequence b is row t % page_size of page page_table[b][t / page_size]. A contiguous cache
+// (B', Hkv, Lmax, D) is B' pages of page_size = Lmax, max_pages = 1, and a page_table of one column says which of them is
+// b's (NULL: page b).
+//
+//   k given:  start_b = cache_seqlens[b];       k, v are stored as tokens start_b + i;   len_k = start_b + Lq
+//   else:     start_b = cache_seqlens[b] - Lq;                                           len_k = cache_seqlens[b]
+//
+// Row i of q stands at position start_b + i; masks, scores, o and lse are those of fa_forward with this len_k. Where a key
+// of position p >= start_b is new token p - start_b, tree_mask says whether row i sees it, instead of causal; older ones are
+// seen whatever causal says.
+typedef struct fa_rotary {  // cos NULL: none. Rotates pairs of q and of k by their position, before they are stored
+    const void *cos, *sin;  // (positions, dim / 2), contiguous
+    fa_dtype dtype;         // dtype of q, or float32
+    int64_t positions, dim; // dim: even, the first elements of a row of head_dim that are rotated
+    int32_t interleaved;    // 1: pairs (2i, 2i + 1); 0: pairs (i, i + dim / 2)
+} fa_rotary;
+
+typedef struct fa_kvcache_args {
+    fa_device device;
+    fa_impl impl;
+    fa_dtype dtype;                   // of q, k, v, o
+    fa_dtype cache_dtype;             // dtype, or FA_FLOAT8_E4M3 with a 16-bit dtype
+    int64_t batch, heads_q, heads_kv; // heads_q is a multiple of heads_kv
+    int64_t seqlen_q;                 // Lq
+    int64_t head_dim, head_dim_v;     // 1 ... FA_MAX_HEAD_DIM
+    int64_t pages, page_size;         // of the caches
+    int64_t max_pages;                // columns of page_table: a sequence has at most max_pages * page_size tokens
+    fa_tensor q;                      // (B, Hq, Lq, D)
+    fa_tensor k, v;                   // (B, Hkv, Lq, D), (B, Hkv, Lq, Dv): new tokens; data NULL: none
+    fa_tensor k_cache,
+        v_cache;      // (pages, Hkv, page_size, D), (.., Dv): read, and written if k is given; no two sequences
+                      // may store to one row
+    fa_tensor o, lse; // (B, Hq, Lq, Dv), (B, Hq, Lq) as fa_forward_args; lse's data NULL: not wanted
+    // On a GPU lengths and pages are read by the kernels alone: a length is cut to what the pages hold, a page that does not
+    // exist is neither read (its keys and values are 0) nor written.
+    const int32_t *cache_seqlens; // (B,) on the device
+    const int32_t
+        *page_table; // (B, max_pages) on the device, rows page_table_stride apart; NULL: max_pages = 1, page b
+    int64_t page_table_stride;
+    fa_rotary rotary;                  // needs k
+    double softmax_scale, softcap;     // as fa_forward_args
+    int32_t causal;                    // 0 or 1
+    int64_t window_left, window_right; // -1: unbounded
+    fa_per_head alibi_slopes, sinks;   // as fa_forward_args
+    fa_per_head k_descale, v_descale; // (B, Hkv) float32, stride_b = 0 for one a head: a cached element times it is the
+                                      // value; data NULL: 1; only with FA_FLOAT8_E4M3
+    const uint8_t *tree_mask;         // (B, Lq, Lq) of 0 and 1, rows Lq apart; NULL: none
+    int64_t tree_mask_stride_b;       // 0: one for all sequences
+    int64_t num_splits; // pieces that a sequence's keys are cut into; 0: as many as keep the device busy. No
+                        // result depends on it
+    void *workspace;    // fa_kvcache_workspace_bytes(), aligned to FA_WORKSPACE_ALIGNMENT; NULL if that is 0
+    size_t workspace_bytes;
+    fa_workers workers; // CPU
+    void *stream;       // CUDA: cudaStream_t
+} fa_kvcache_args;
+
+// No pointer is followed; depends on shapes, options, strides, alignments and worker count, and on no length.
+fa_status fa_kvcache_workspace_bytes(const fa_kvcache_args *args, size_t *bytes);
+fa_status fa_kvcache_forward(const fa_kvcache_args *args);
+// Refuses lengths that are negative or beyond the pages, and pages that do not exist. fa_kvcache_forward does so itself on
+// FA_CPU, before anything is written. cache_seqlens and page_table point to host memory, for either device; no other pointer
+// is followed.
+fa_status fa_kvcache_check(const fa_kvcache_args *args);
+// As fa_kernel_verdict.
+fa_status fa_kvcache_verdict(int32_t index, const fa_kvcache_args *args, char *text, size_t size);
 
 // One clear sentence about the last failure on this thread: the value got and the values allowed. "" before any.
 const char *fa_error_text(void);

@@ -14,7 +14,7 @@ static FA_HOST_DEVICE int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b 
 static FA_HOST_DEVICE int64_t fa_round_up(int64_t a, int64_t b) { return fa_ceil_div(a, b) * b; }
 
 static FA_HOST_DEVICE int64_t fa_dtype_bytes(fa_dtype dtype) {
-    return dtype == FA_FLOAT64 ? 8 : dtype == FA_FLOAT32 ? 4 : 2;
+    return dtype == FA_FLOAT64 ? 8 : dtype == FA_FLOAT32 ? 4 : dtype == FA_FLOAT8_E4M3 ? 1 : 2;
 }
 static FA_HOST_DEVICE fa_dtype fa_lse_dtype(const fa_forward_args *args) {
     return args->dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32;

@@ -44,12 +44,32 @@ static inline uint16_t fa_f32_to_f16(float x) {
     return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
+// E4M3: sign, four exponent bits (bias 7), three of mantissa; S.1111.111 is NaN and nothing is infinite. Narrowing
+// saturates at 448.
+static inline float fa_e4m3_to_f32(uint8_t bits) {
+    const uint32_t sign = (uint32_t)(bits & 0x80u) << 24, magnitude = bits & 0x7Fu;
+    if (magnitude == 0x7Fu) return fa_f32_from_bits(sign | 0x7FC00000u);
+    const float scaled =
+        fa_f32_from_bits(magnitude << 20); // its exponent is read with a bias of 127: 2^-120 of the value
+    return fa_f32_from_bits(sign | fa_f32_bits(scaled * 0x1p120f));
+}
+static inline uint8_t fa_f32_to_e4m3(float x) {
+    const uint32_t bits = fa_f32_bits(x), magnitude = bits & 0x7FFFFFFFu;
+    const uint8_t sign = (uint8_t)((bits >> 24) & 0x80u);
+    if (magnitude > 0x7F800000u) return sign | 0x7Fu;  // NaN
+    if (magnitude >= 0x43E80000u) return sign | 0x7Eu; // >= 464, half way to 480: 448
+    if (magnitude < 0x3C800000u)                       // below 2^-6: adding 2^14 rounds at the subnormals' unit, 2^-9
+        return sign | (uint8_t)(fa_f32_bits(fa_f32_from_bits(magnitude) + 0x1p14f) - 0x46800000u);
+    return sign | (uint8_t)((magnitude - (120u << 23) + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20);
+}
+
 static inline double fa_load(const void *base, fa_dtype dtype, int64_t index) {
     switch (dtype) {
     case FA_FLOAT32: return ((const float *)base)[index];
     case FA_FLOAT64: return ((const double *)base)[index];
     case FA_FLOAT16: return fa_f16_to_f32(((const uint16_t *)base)[index]);
     case FA_BFLOAT16: return fa_bf16_to_f32(((const uint16_t *)base)[index]);
+    case FA_FLOAT8_E4M3: return fa_e4m3_to_f32(((const uint8_t *)base)[index]);
     }
     return NAN;
 }
@@ -60,6 +80,7 @@ static inline void fa_store(void *base, fa_dtype dtype, int64_t index, double x)
     case FA_FLOAT64: ((double *)base)[index] = x; break;
     case FA_FLOAT16: ((uint16_t *)base)[index] = fa_f32_to_f16((float)x); break;
     case FA_BFLOAT16: ((uint16_t *)base)[index] = fa_f32_to_bf16((float)x); break;
+    case FA_FLOAT8_E4M3: ((uint8_t *)base)[index] = fa_f32_to_e4m3((float)x); break;
     }
 }
 

@@ -103,7 +103,15 @@ CPU_KERNEL(naive, fa_cpu_kernels()->naive_forward[args->dtype], fa_cpu_kernels()
 CPU_KERNEL(reference, &fa_reference_forward, &fa_reference_backward)
 
 #define CPU_ROW(IMPL, NAME)                                                                                            \
-    {{IMPL, FA_CPU, #NAME}, NULL, NAME##_forward_bytes, NAME##_forward, NAME##_backward_bytes, NAME##_backward}
+    {{IMPL, FA_CPU, #NAME},                                                                                            \
+     NULL,                                                                                                             \
+     NAME##_forward_bytes,                                                                                             \
+     NAME##_forward,                                                                                                   \
+     NAME##_backward_bytes,                                                                                            \
+     NAME##_backward,                                                                                                  \
+     NULL,                                                                                                             \
+     NULL,                                                                                                             \
+     NULL}
 static const fa_kernel kRows[] = {
     CPU_ROW(FA_FUSED, fused),         // tiles and an online softmax
     CPU_ROW(FA_NAIVE, naive),         // the score matrix in memory
