@@ -23,6 +23,11 @@ typedef struct fa_cpu_backward {
     void (*run)(const fa_backward_args *args);
 } fa_cpu_backward;
 
+typedef struct fa_cpu_kvcache {
+    size_t (*workspace_bytes)(const fa_kvcache_args *args);
+    void (*run)(const fa_kvcache_args *args);
+} fa_cpu_kvcache;
+
 // The kernels of one instruction set, indexed by fa_dtype.
 typedef struct fa_cpu_isa_kernels {
     const char *name;
@@ -38,6 +43,7 @@ void fa_cpu_fill_gradient_padding(const fa_backward_args *args);
 
 extern const fa_cpu_forward fa_reference_forward;
 extern const fa_cpu_backward fa_reference_backward;
+extern const fa_cpu_kvcache fa_reference_kvcache;
 
 // Runs task(arg, index, worker) for every index in [0, count) on the workers: each draws the next index when it is free.
 // worker in [0, fa_worker_count()).

@@ -102,19 +102,20 @@ CPU_KERNEL(fused, fa_cpu_kernels()->fused_forward[args->dtype], fa_cpu_kernels()
 CPU_KERNEL(naive, fa_cpu_kernels()->naive_forward[args->dtype], fa_cpu_kernels()->naive_backward[args->forward.dtype])
 CPU_KERNEL(reference, &fa_reference_forward, &fa_reference_backward)
 
-#define CPU_ROW(IMPL, NAME)                                                                                            \
-    {{IMPL, FA_CPU, #NAME},                                                                                            \
-     NULL,                                                                                                             \
-     NAME##_forward_bytes,                                                                                             \
-     NAME##_forward,                                                                                                   \
-     NAME##_backward_bytes,                                                                                            \
-     NAME##_backward,                                                                                                  \
-     NULL,                                                                                                             \
-     NULL,                                                                                                             \
-     NULL}
+#define CPU_KVCACHE(NAME, KVCACHE)                                                                                     \
+    static size_t NAME##_kvcache_bytes(const fa_kvcache_args *args) { return (KVCACHE)->workspace_bytes(args); }       \
+    static fa_status NAME##_kvcache(const fa_kvcache_args *args) {                                                     \
+        (KVCACHE)->run(args);                                                                                          \
+        return FA_OK;                                                                                                  \
+    }
+CPU_KVCACHE(reference, &fa_reference_kvcache)
+
+#define CPU_ROW(IMPL, NAME, KVCACHE_BYTES, KVCACHE)                                                                    \
+    {{IMPL, FA_CPU, #NAME}, NULL, NAME##_forward_bytes, NAME##_forward, NAME##_backward_bytes,                         \
+     NAME##_backward,       NULL, KVCACHE_BYTES,        KVCACHE}
 static const fa_kernel kRows[] = {
-    CPU_ROW(FA_FUSED, fused),         // tiles and an online softmax
-    CPU_ROW(FA_NAIVE, naive),         // the score matrix in memory
-    CPU_ROW(FA_REFERENCE, reference), // scalar float64
+    CPU_ROW(FA_FUSED, fused, NULL, NULL),                                         // tiles and an online softmax
+    CPU_ROW(FA_NAIVE, naive, NULL, NULL),                                         // the score matrix in memory
+    CPU_ROW(FA_REFERENCE, reference, reference_kvcache_bytes, reference_kvcache), // scalar float64
 };
 const fa_kernel_rows fa_cpu_kernel_rows = {kRows, sizeof kRows / sizeof kRows[0]};
