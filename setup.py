@@ -66,7 +66,7 @@ setup(
             # at::parallel_for runs on torch's OpenMP threads: compiled with -fopenmp, never linked with a second pool
             extra_compile_args=["-O2", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else []),
             extra_objects=[str(LIB)],
-            depends=[str(LIB), "csrc/flash_attention.h", "csrc/bindings/request.h"],
+            depends=[str(LIB), "csrc/flash_attention.h", *sorted(glob("csrc/bindings/*.h"))],
         )
     ],
     cmdclass={"build_ext": build_extension},

@@ -2,9 +2,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 
+#include "bindings/kvcache_request.h"
 #include "bindings/request.h"
 
 namespace fa {
@@ -120,6 +122,19 @@ void autograd_op(const c10::OperatorHandle &op, c10::DispatchKeySet keys, Stack 
         redispatch();
 }
 
+// Refuses a graph; else tells autograd what is written.
+void kvcache_op(const c10::OperatorHandle &op, c10::DispatchKeySet keys, Stack *stack) {
+    const size_t first = stack->size() - kKvcacheSize;
+    TORCH_CHECK_NOT_IMPLEMENTED(!need_a_graph(tensors_of(*stack, first, kKvcacheTensors)),
+                                "flash_attention_with_kvcache has no backward: call it under torch.no_grad()");
+    variable_list written = tensors_of(*stack, first + kKvcacheOut, 1);
+    if (!(*stack)[first + kKvcacheK].isNone())
+        for (Tensor &t : tensors_of(*stack, first + kKvcacheKCache, 2)) written.push_back(std::move(t));
+    Redispatch{op, keys, stack}();
+    for (const Tensor &t : written)
+        if (!t.is_inference()) torch::autograd::impl::bump_version(t);
+}
+
 // As matmul does: q, k, v in autocast's dtype, float64 as it is; and bias or sinks where they have 16 bits.
 template <c10::DeviceType device, c10::DispatchKey key>
 void autocast_op(const c10::OperatorHandle &op, Stack *stack) {
@@ -144,6 +159,7 @@ void register_autocast(torch::Library &library) {
 TORCH_LIBRARY_IMPL(flash_attention, Autograd, library) {
     library.impl("forward", torch::CppFunction::makeFromBoxedFunction<autograd_op<Attention, kDifferentiable>>());
     library.impl("backward", torch::CppFunction::makeFromBoxedFunction<autograd_op<Gradients, 4 + kDifferentiable>>());
+    library.impl("with_kvcache", torch::CppFunction::makeFromBoxedFunction<kvcache_op>());
 }
 TORCH_LIBRARY_IMPL(flash_attention, AutocastCPU, library) {
     register_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>(library);

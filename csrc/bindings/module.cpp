@@ -1,4 +1,4 @@
-// The Python module flash_attention._C: what the build has, and a short way to the forward op.
+// The Python module flash_attention._C: what the build has, and a short way to the ops that a model calls.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -6,6 +6,7 @@
 
 #include <cctype>
 
+#include "bindings/kvcache_request.h"
 #include "bindings/request.h"
 
 namespace fa {
@@ -38,33 +39,72 @@ std::optional<c10::IValue> plain(char kind, PyObject *x) {
     }
 }
 
-// torch.ops.flash_attention.forward(*args) without its parsing, where every argument is a plain one (no subclass of a
-// tensor but Parameter, no symbolic number) and no mode watches functions. Else NotImplemented: torch.ops is to be called.
+// torch.ops.flash_attention.<op>(*args) without its parsing, where every argument is a plain one (no subclass of a tensor
+// but Parameter, no symbolic number) and no mode watches functions. Else nothing: torch.ops is to be called.
+template <size_t size>
+std::optional<Stack> plain_arguments(const char (&kinds)[size], PyObject *const *args, Py_ssize_t count) {
+    if (count != size - 1 || at::impl::torch_function_mode_enabled()) return std::nullopt;
+    Stack stack;
+    stack.reserve(size - 1);
+    for (size_t i = 0; i < size - 1; ++i) {
+        std::optional<c10::IValue> value = plain(kinds[i], args[i]);
+        if (!value) return std::nullopt;
+        stack.push_back(*std::move(value));
+    }
+    return stack;
+}
+
+PyObject *pair_of(const Tensor &o, const Tensor &lse) {
+    const auto first = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(o));
+    const auto second = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(lse));
+    return pybind11::make_tuple(first, second).release().ptr();
+}
+
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     static const c10::OperatorHandle op =
         c10::Dispatcher::singleton().findSchemaOrThrow("flash_attention::forward", "");
-    if (count != kRequestSize || at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
-    Stack stack;
-    stack.reserve(kRequestSize);
-    for (int i = 0; i < kRequestSize; ++i) {
-        std::optional<c10::IValue> value = plain(FA_REQUEST_KINDS[i], args[i]);
-        if (!value) Py_RETURN_NOTIMPLEMENTED;
-        stack.push_back(*std::move(value));
-    }
+    std::optional<Stack> stack = plain_arguments(FA_REQUEST_KINDS, args, count);
+    if (!stack) Py_RETURN_NOTIMPLEMENTED;
     {
         const pybind11::gil_scoped_release others_may_run;
-        op.callBoxed(stack);
+        op.callBoxed(*stack);
     }
-    const auto o = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(stack[0].toTensor()));
-    const auto lse = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(stack[1].toTensor()));
-    return pybind11::make_tuple(o, lse).release().ptr();
+    return pair_of((*stack)[0].toTensor(), (*stack)[1].toTensor());
     END_HANDLE_TH_ERRORS
 }
 
+PyObject *with_kvcache(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    static const c10::OperatorHandle op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("flash_attention::with_kvcache", "");
+    std::optional<Stack> stack = plain_arguments(FA_KVCACHE_KINDS, args, count);
+    if (!stack) Py_RETURN_NOTIMPLEMENTED;
+    c10::IValue &out = (*stack)[kKvcacheOut];
+    if (out.isNone()) {
+        const Tensor &q = (*stack)[kKvcacheQ].toTensor(), &v_cache = (*stack)[kKvcacheVCache].toTensor();
+        if (q.dim() != 4 || v_cache.dim() != 4) Py_RETURN_NOTIMPLEMENTED;
+        out = empty_in_layout_of(q, v_cache.size(3));
+    }
+    const Tensor o = out.toTensor();
+    {
+        const pybind11::gil_scoped_release others_may_run;
+        op.callBoxed(*stack);
+    }
+    return pair_of(o, (*stack)[0].toTensor());
+    END_HANDLE_TH_ERRORS
+}
+
+template <auto function>
+PyCFunction as_method() {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef g_methods[] = {
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
+    {"forward", as_method<forward>(), METH_FASTCALL,
      "The forward op on arguments of plain types, in the order of its schema; NotImplemented for any other."},
+    {"with_kvcache", as_method<with_kvcache>(), METH_FASTCALL,
+     "As forward, of the with_kvcache op; makes out where it is None, and returns it and lse."},
     {},
 };
 

@@ -14,7 +14,7 @@ void forward_op(const c10::OperatorHandle &, Stack *stack) {
     Request request(*stack, stack->size() - kRequestSize);
     const size_t bytes = request.forward_bytes(); // refuses a bad request before anything is allocated
     request.check_lengths();
-    Tensor o = request.empty_in_layout_of(request.q, request.args.head_dim_v), lse = request.empty_lse();
+    Tensor o = empty_in_layout_of(request.q, request.args.head_dim_v), lse = request.empty_lse();
     request.args.o = tensor_of("o", o, request.packed), request.args.lse = lse_tensor(lse, request.packed);
     const Tensor memory = request.workspace(bytes);
     check(fa_forward(&request.args));
@@ -51,9 +51,9 @@ void backward_op(const c10::OperatorHandle &, Stack *stack) {
     const auto gradient_of = [&](const std::optional<Tensor> &t, bool want) {
         return want && t ? at::empty(t->sizes(), t->options()) : at::empty({0}, request.q.options());
     };
-    Tensor d_q = request.empty_in_layout_of(request.q, args.head_dim);
-    Tensor d_k = request.empty_in_layout_of(request.k, args.head_dim);
-    Tensor d_v = request.empty_in_layout_of(request.v, args.head_dim_v);
+    Tensor d_q = empty_in_layout_of(request.q, args.head_dim);
+    Tensor d_k = empty_in_layout_of(request.k, args.head_dim);
+    Tensor d_v = empty_in_layout_of(request.v, args.head_dim_v);
     Tensor d_bias = gradient_of(request.bias, wanted[0]), d_slopes = gradient_of(request.alibi_slopes, wanted[1]);
     Tensor d_sinks = gradient_of(request.sinks, wanted[2]);
     backward.d_o = tensor_of("d_o", d_o_rows, packed), backward.d_q = tensor_of("d_q", d_q, packed);
@@ -84,20 +84,12 @@ void workspace_bytes_op(const c10::OperatorHandle &, Stack *stack) {
     torch::jit::push(*stack, static_cast<int64_t>(bytes));
 }
 
-// "impl", "device", "verdict" of each kernel, one after the other.
 void explain_op(const c10::OperatorHandle &, Stack *stack) {
     const Request request(*stack, stack->size() - kRequestSize - 1);
     const fa_pass pass = stack->back().toBool() ? FA_BACKWARD : FA_FORWARD;
-    c10::List<std::string> rows;
-    for (int32_t index = 0; index < fa_kernel_count(); ++index) {
-        fa_kernel_info info;
-        char verdict[512];
-        check(fa_kernel_describe(index, &info));
-        check(fa_kernel_verdict(index, &request.args, pass, verdict, sizeof verdict));
-        rows.push_back(info.name);
-        rows.push_back(info.device == FA_CUDA ? "cuda" : "cpu");
-        rows.push_back(verdict);
-    }
+    auto rows = verdicts([&](int32_t index, char *verdict, size_t size) {
+        return fa_kernel_verdict(index, &request.args, pass, verdict, size);
+    });
     torch::jit::drop(*stack, kRequestSize + 1);
     torch::jit::push(*stack, std::move(rows));
 }
