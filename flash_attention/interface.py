@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_attention.ops import _C  # registers torch.ops.flash_attention
-
-
-class KernelVerdict(NamedTuple):
-    """What one kernel of this build would do with a request."""
-
-    impl: str
-    device: str
-    verdict: str
-    """"chosen", "slower", "not the impl asked for", or every reason for refusing."""
-
-
-def _require_type(name: str, value: Any, types: tuple[type, ...], words: str) -> None:
-    if not isinstance(value, types):
-        raise TypeError(f"{name} is {type(value).__name__}: must be {words}")
-
-
-_INTEGER = (int, torch.SymInt)
-_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
+from flash_attention.arguments import INTEGER, Checked, KernelVerdict, left_and_right, require_type, verdicts
+from flash_attention.ops import _C
 
 
 def _seed_tensor(seed: int | Tensor | None, q: Tensor) -> Tensor:
     """The 64-bit Philox key as an int64 tensor on q's device."""
     if isinstance(seed, Tensor):
         return seed
-    _require_type("q", q, (Tensor,), "a tensor")
+    require_type("q", q, (Tensor,), "a tensor")
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    _require_type("seed", seed, _INTEGER, "an int or an int64 tensor of one element")
+    require_type("seed", seed, INTEGER, "an int or an int64 tensor of one element")
     if not -(2**63) <= seed < 2**63:  # never so for a symbolic int, which compilers hold in 64 bits
         seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits
     return torch.full((1,), seed, dtype=torch.int64, device=q.device)
@@ -66,10 +49,7 @@ def _request(
     impl: str = "auto",
 ) -> tuple[Any, ...]:
     """The arguments of the ops, in the order of their schema (FA_REQUEST in csrc/bindings/request.h)."""
-    _require_type("window_size", window_size, (tuple, list), "(left, right)")
-    if len(window_size) != 2:
-        raise ValueError(f"window_size {tuple(window_size)}: must be (left, right)")
-    left, right = window_size
+    left, right = left_and_right(window_size)
     seed = _seed_tensor(seed, q) if dropout_p else None
     return (
         *(q, k, v, bias, alibi_slopes, sinks, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, seed),
@@ -77,29 +57,7 @@ def _request(
     )
 
 
-_TYPES = {
-    "Tensor": ((Tensor,), "a tensor"),
-    "int": (_INTEGER, "made of ints"),
-    "float": (_NUMBER, "a number"),
-    "str": ((str,), "a string"),
-}  # a bool is whatever is true or false
-# Place, name, types, the types in words, whether None will do.
-_ARGUMENTS = [
-    (place, "window_size" if argument.name.startswith("window") else argument.name, *_TYPES[kind], kind != text)
-    for place, argument in enumerate(torch.ops.flash_attention.forward.default._schema.arguments)
-    if (kind := (text := str(argument.type)).removeprefix("Optional[").removesuffix("]")) in _TYPES
-]
-
-
-def _checked(request: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The request, or TypeError and ValueError by name for what torch.ops would refuse in words of its own."""
-    for place, name, types, words, may_be_none in _ARGUMENTS:
-        value = request[place]
-        if value is not None or not may_be_none:
-            _require_type(name, value, types, words)
-        if types is _INTEGER and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name} {value}: must fit 64 bits")
-    return request
+_checked = Checked(torch.ops.flash_attention.forward)
 
 
 def _forward(request: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -274,8 +232,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **option
     Raises:
         ValueError, TypeError: as flash_attention(), for a request that no kernel could serve.
     """
-    cells = torch.ops.flash_attention.explain(*_checked(_request(q, k, v, **_with_seed(options))), backward)
-    return [KernelVerdict(*cells[i : i + 3]) for i in range(0, len(cells), 3)]
+    request = _checked(_request(q, k, v, **_with_seed(options)))
+    return verdicts(torch.ops.flash_attention.explain(*request, backward))
 
 
 def workspace_bytes(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, **options: Any) -> int:
