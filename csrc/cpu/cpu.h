@@ -33,6 +33,7 @@ typedef struct fa_cpu_isa_kernels {
     const char *name;
     const fa_cpu_forward *naive_forward[4], *fused_forward[4];
     const fa_cpu_backward *naive_backward[4], *fused_backward[4];
+    const fa_cpu_kvcache *kvcache[4];
 } fa_cpu_isa_kernels;
 
 const fa_cpu_isa_kernels *fa_cpu_kernels(void); // NULL, with fa_error_text(), where FLASH_ATTENTION_ISA is wrong

@@ -9,7 +9,8 @@
 
 #define DECLARE_FUSED(NAME)                                                                                            \
     extern const fa_cpu_forward fa_##NAME##_fused_forward;                                                             \
-    extern const fa_cpu_backward fa_##NAME##_fused_backward;
+    extern const fa_cpu_backward fa_##NAME##_fused_backward;                                                           \
+    extern const fa_cpu_kvcache fa_##NAME##_kvcache;
 #define DECLARE_INSTANCE(NAME)                                                                                         \
     extern const fa_cpu_forward fa_##NAME##_naive_forward;                                                             \
     extern const fa_cpu_backward fa_##NAME##_naive_backward;                                                           \
@@ -30,8 +31,12 @@ DECLARE_FUSED(avx512bf16_bf16)
 #define BY_DTYPE(ISA, BF16, KERNEL)                                                                                    \
     {&fa_##ISA##_f32_##KERNEL, &fa_##ISA##_f64_##KERNEL, &fa_##ISA##_f32_##KERNEL, &fa_##BF16##_##KERNEL}
 #define ISA_ROW(NAME, ISA, BF16)                                                                                       \
-    {NAME, BY_DTYPE(ISA, ISA##_f32, naive_forward), BY_DTYPE(ISA, BF16, fused_forward),                                \
-     BY_DTYPE(ISA, ISA##_f32, naive_backward), BY_DTYPE(ISA, BF16, fused_backward)}
+    {NAME,                                                                                                             \
+     BY_DTYPE(ISA, ISA##_f32, naive_forward),                                                                          \
+     BY_DTYPE(ISA, BF16, fused_forward),                                                                               \
+     BY_DTYPE(ISA, ISA##_f32, naive_backward),                                                                         \
+     BY_DTYPE(ISA, BF16, fused_backward),                                                                              \
+     BY_DTYPE(ISA, BF16, kvcache)}
 
 // Slowest first: an instruction set implies those before it.
 static const fa_cpu_isa_kernels kIsas[] = {
@@ -108,13 +113,18 @@ CPU_KERNEL(reference, &fa_reference_forward, &fa_reference_backward)
         (KVCACHE)->run(args);                                                                                          \
         return FA_OK;                                                                                                  \
     }
+// A bfloat16 product would lose float8's smallest numbers, which are denormal there: those caches are widened to float32.
+static const fa_cpu_kvcache *fused_kvcache_of(const fa_kvcache_args *args) {
+    return fa_cpu_kernels()->kvcache[args->cache_dtype == FA_FLOAT8_E4M3 ? FA_FLOAT32 : args->dtype];
+}
+CPU_KVCACHE(fused, fused_kvcache_of(args))
 CPU_KVCACHE(reference, &fa_reference_kvcache)
 
 #define CPU_ROW(IMPL, NAME, KVCACHE_BYTES, KVCACHE)                                                                    \
     {{IMPL, FA_CPU, #NAME}, NULL, NAME##_forward_bytes, NAME##_forward, NAME##_backward_bytes,                         \
      NAME##_backward,       NULL, KVCACHE_BYTES,        KVCACHE}
 static const fa_kernel kRows[] = {
-    CPU_ROW(FA_FUSED, fused, NULL, NULL),                                         // tiles and an online softmax
+    CPU_ROW(FA_FUSED, fused, fused_kvcache_bytes, fused_kvcache),                 // tiles and an online softmax
     CPU_ROW(FA_NAIVE, naive, NULL, NULL),                                         // the score matrix in memory
     CPU_ROW(FA_REFERENCE, reference, reference_kvcache_bytes, reference_kvcache), // scalar float64
 };

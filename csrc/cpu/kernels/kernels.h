@@ -4,10 +4,12 @@
 
 #include "cpu/kernels/fused_backward.h"
 #include "cpu/kernels/fused_forward.h"
+#include "cpu/kernels/kvcache.h"
 
 #define FA_CPU_FUSED_INSTANCE(NAME)                                                                                    \
     const fa_cpu_forward fa_##NAME##_fused_forward = {fused_forward_workspace_bytes, fused_forward_run};               \
-    const fa_cpu_backward fa_##NAME##_fused_backward = {fused_backward_workspace_bytes, fused_backward_run};
+    const fa_cpu_backward fa_##NAME##_fused_backward = {fused_backward_workspace_bytes, fused_backward_run};           \
+    const fa_cpu_kvcache fa_##NAME##_kvcache = {kvcache_workspace_bytes, kvcache_run};
 
 #if !FA_BF16_OPERANDS
 #include "cpu/kernels/naive.h"

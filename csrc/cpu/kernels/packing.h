@@ -76,8 +76,9 @@ typedef struct pack_source {
         *lse; // where not NULL, a row whose lse is -inf is read as zeros: it takes no gradient, not even NaN
 } pack_source;
 
+static const double kZeroRow[FA_MAX_HEAD_DIM];
+
 static const char *source_row(const pack_source *src, int64_t row) {
-    static const double kZeroRow[FA_MAX_HEAD_DIM];
     const int64_t seq_row = src->side == kSideQ ? src->seq.row_q : src->seq.row_k;
     if (src->lse) {
         const int64_t lse_at = fa_row_offset(src->lse, src->seq.batch_index, src->head, seq_row + row);
@@ -99,6 +100,14 @@ static void pack_along(operand *out, int64_t row_stride, const pack_source *src,
                    scale);
 }
 
+// kMicroCols rows of operands, transposed: units x kMicroCols.
+static void transpose_panel(operand *out, const operand *rows, int64_t stride, int64_t units) {
+    for (int64_t r0 = 0; r0 < kMicroCols; r0 += kLanes)
+        for (int64_t u0 = 0; u0 < units; u0 += kLanes)
+            v_transpose(out + u0 * kMicroCols + r0, kMicroCols, rows + r0 * stride + u0, stride,
+                        fa_min(kLanes, units - u0));
+}
+
 // Panels of depth_units(width) x kMicroCols operands, one after the other; the last one's missing rows are zero.
 // scratch: kMicroCols x round_up(depth_units(width), kLanes) operands.
 static void pack_panels(operand *out, const pack_source *src, operand *scratch) {
@@ -109,22 +118,29 @@ static void pack_panels(operand *out, const pack_source *src, operand *scratch) 
             load_along(scratch + r * stride, source_row(src, src->row0 + row + r), src->width, stride, src->args->dtype,
                        1);
         memset(scratch + n * stride, 0, (size_t)((kMicroCols - n) * stride) * sizeof(operand));
-        for (int64_t r0 = 0; r0 < kMicroCols; r0 += kLanes)
-            for (int64_t u0 = 0; u0 < units; u0 += kLanes)
-                v_transpose(out + (row * units) + u0 * kMicroCols + r0, kMicroCols, scratch + r0 * stride + u0, stride,
-                            fa_min(kLanes, units - u0));
+        transpose_panel(out + row * units, scratch, stride, units);
     }
+}
+
+// `kDepth` rows of `width` elements as operands down the columns, zero-filled up to `units` columns.
+static void load_down(operand *dst, const char *const *rows, int64_t width, int64_t units, fa_dtype dtype) {
+#if FA_BF16_OPERANDS
+    const uint16_t *row0 = (const uint16_t *)rows[0], *row1 = (const uint16_t *)rows[1];
+    (void)dtype;
+    for (int64_t c = 0; c < width; ++c) dst[c] = row0[c] | (uint32_t)row1[c] << 16;
+    memset(dst + width, 0, (size_t)(units - width) * sizeof(operand));
+#else
+    load_row(dst, rows[0], width, units, dtype, 1);
+#endif
 }
 
 // row0 is even; columns past width, and the second half of an odd last row's operands, are zero.
 static void pack_down(operand *out, int64_t row_stride, const pack_source *src) {
 #if FA_BF16_OPERANDS
     for (int64_t r = 0; r < src->n; r += 2, out += 2 * row_stride) {
-        const uint16_t *row0 = (const uint16_t *)source_row(src, src->row0 + r);
-        const uint16_t *row1 = r + 1 < src->n ? (const uint16_t *)source_row(src, src->row0 + r + 1) : NULL;
-        for (int64_t c = 0; c < src->width; ++c) out[c] = row0[c];
-        for (int64_t c = 0; row1 && c < src->width; ++c) out[c] |= (uint32_t)row1[c] << 16;
-        memset(out + src->width, 0, (size_t)(2 * row_stride - src->width) * sizeof(operand));
+        const char *rows[2] = {source_row(src, src->row0 + r), (const char *)kZeroRow};
+        if (r + 1 < src->n) rows[1] = source_row(src, src->row0 + r + 1);
+        load_down(out, rows, src->width, 2 * row_stride, src->args->dtype);
     }
 #else
     pack_along(out, row_stride, src, 1);

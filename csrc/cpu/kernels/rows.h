@@ -37,6 +37,9 @@ static void load_row(real *dst, const void *src, int64_t n, int64_t padded, fa_d
         for (; i + kLanes <= n; i += kLanes) v_store(dst + i, v_mul(v_scale, v_load_f16((const uint16_t *)src + i)));
     } else if (dtype == FA_BFLOAT16) {
         for (; i + kLanes <= n; i += kLanes) v_store(dst + i, v_mul(v_scale, v_load_bf16((const uint16_t *)src + i)));
+    } else if (dtype == FA_FLOAT8_E4M3) {
+        const vreal v_unit = v_set1(scale * 0x1p8F); // of v_load_e4m3
+        for (; i + kLanes <= n; i += kLanes) v_store(dst + i, v_mul(v_unit, v_load_e4m3((const uint8_t *)src + i)));
 #endif
     }
     for (; i < n; ++i) dst[i] = scale * (real)fa_load(src, dtype, i);

@@ -4,10 +4,11 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 // Micro-kernel 6 x 2 vectors: 12 accumulators + 2 of B + 1 of A of the 16 registers (98 % of the FMA peak on Zen 4).
 #define FA_MICRO_ROWS 6
-enum { kMicroRows = FA_MICRO_ROWS, kMicroVectors = 2 };
+enum { kMicroRows = FA_MICRO_ROWS, kMicroVectors = 2, kStreamVectors = 8 };
 
 #if FA_REAL_IS_DOUBLE
 
@@ -31,6 +32,10 @@ static inline vreal v_select_below(vreal x, vreal limit, vreal below, vreal othe
 static inline real v_hsum(vreal x) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+static inline vreal v_hsums(const vreal *a) { // lane i: the sum of a[i], of kLanes vectors
+    const __m256d low = _mm256_hadd_pd(a[0], a[1]), high = _mm256_hadd_pd(a[2], a[3]);
+    return _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20), _mm256_permute2f128_pd(low, high, 0x31));
 }
 static inline real v_hmax(vreal x) {
     const __m128d half = _mm_max_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
@@ -73,6 +78,11 @@ static inline real v_hsum(vreal x) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
+static inline vreal v_hsums(const vreal *a) { // lane i: the sum of a[i], of kLanes vectors
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
 static inline real v_hmax(vreal x) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
@@ -97,6 +107,13 @@ static inline void v_store_f16(uint16_t *p, vreal x) {
 static inline vreal v_load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
+// 2^-8 of each value: the float16 whose exponent has the same bits.
+static inline vreal v_load_e4m3(const uint8_t *p) {
+    const __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
+    const __m128i magnitude = _mm_and_si128(words, _mm_set1_epi16(0x3F80));
+    const __m128i nan = _mm_srli_epi16(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3F80)), 1);
+    return _mm256_cvtph_ps(_mm_or_si128(_mm_and_si128(words, _mm_set1_epi16((short)0xBF80)), nan));
+}
 static inline void v_store_bf16(uint16_t *p, vreal x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -109,6 +126,12 @@ static inline void v_store_bf16(uint16_t *p, vreal x) {
 }
 
 #endif
+
+// dst, a vector: `bytes` of src, less than a vector, then zeros.
+static inline void v_copy_first(void *dst, const void *src, int64_t bytes) {
+    _mm256_storeu_si256((__m256i *)dst, _mm256_setzero_si256());
+    memcpy(dst, src, (size_t)bytes);
+}
 
 #include "cpu/simd/operand_real.h"
 #include "cpu/simd/transpose_scalar.h"
