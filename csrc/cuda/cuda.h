@@ -23,6 +23,9 @@ FA_CUDA_FORWARD(tensor_core);
 FA_CUDA_BACKWARD(tensor_core);
 FA_CUDA_FORWARD(fused);
 FA_CUDA_BACKWARD(fused);
+size_t fa_cuda_tensor_core_decode_bytes(const fa_kvcache_args *args);
+fa_status fa_cuda_tensor_core_decode(const fa_kvcache_args *args);
+bool fa_cuda_tensor_core_decode_fits(const fa_kvcache_args *args); // the device
 
 enum { kMaxTensorCoreDim = 256, kMaxTensorCoreDimF32 = 128 }; // widest tiles
 enum { kMaxTensorCoreLength = INT32_MAX - 1024 };             // rows are counted in int32, and a tile beyond

@@ -36,6 +36,25 @@ static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_ar
         fa_add_reason(reasons, "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses)");
 }
 
+static void refuse_tensor_core_decode(const fa_kvcache_args *args, fa_reasons *reasons) {
+    const bool has_16_bits = fa_dtype_bytes(args->dtype) == 2;
+    if (!has_16_bits) fa_add_reason(reasons, "takes float16 and bfloat16 queries, not %s", fa_dtype_name(args->dtype));
+    const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
+    if (dim > kMaxTensorCoreDim)
+        fa_add_reason(reasons, "takes head_dim up to %d, not %lld", kMaxTensorCoreDim, static_cast<long long>(dim));
+    const auto has_vectors = [](const fa_tensor &t, int64_t width, int64_t bytes) {
+        return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
+               (t.stride_l | t.stride_h | t.stride_b | width) * bytes % 16 == 0;
+    };
+    const int64_t bytes = fa_dtype_bytes(args->cache_dtype);
+    if (!has_vectors(args->k_cache, args->head_dim, bytes) || !has_vectors(args->v_cache, args->head_dim_v, bytes) ||
+        !has_vectors(args->q, args->head_dim, fa_dtype_bytes(args->dtype)))
+        fa_add_reason(reasons, "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses of q and "
+                               "the caches)");
+    if (reasons->used == 0 && !fa_cuda_tensor_core_decode_fits(args))
+        fa_add_reason(reasons, "needs more shared memory than this device has");
+}
+
 // Packed sequences are no longer than their tensor, whatever max_seqlen says: grids and workspaces follow the shorter.
 static fa_forward_args cut(const fa_forward_args *args) {
     fa_forward_args within = *args;
@@ -85,7 +104,10 @@ static const fa_kernel kRows[] = {
      tensor_core_forward_bytes,
      tensor_core_forward,
      tensor_core_backward_bytes,
-     tensor_core_backward}, // mma.sync
+     tensor_core_backward,
+     refuse_tensor_core_decode,
+     fa_cuda_tensor_core_decode_bytes,
+     fa_cuda_tensor_core_decode}, // mma.sync
     {{FA_FUSED, FA_CUDA, "fused"},
      nullptr,
      fused_forward_bytes,

@@ -21,4 +21,24 @@ static fa_status fa_launch(const char *what, void (*kernel)(Params...), int64_t 
     return FA_OK;
 }
 
+// A kernel that waits by wait_for_prerequisites() for the one launched before it, and may start while that runs, where the
+// device knows of that (sm_90).
+template <typename... Params>
+static fa_status fa_launch_dependent(const char *what, void (*kernel)(Params...), dim3 blocks, unsigned threads,
+                                     cudaStream_t stream, const std::common_type_t<Params> &...params) {
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = dim3(threads), config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = major >= 9;
+    void *pointers[] = {const_cast<void *>(static_cast<const void *>(&params))...};
+    const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), pointers);
+    FA_REQUIRE(error == cudaSuccess, FA_ERROR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+    return FA_OK;
+}
+
 #endif
