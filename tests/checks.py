@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,7 @@ def expected(case: Case, device: str = "cpu") -> Expected:
     standard = results(inputs, functools.partial(oracle, dtype=dtype))
     with torch.no_grad():
         standard["lse"] = oracle(*inputs.args, **inputs.options, dtype=torch.promote_types(dtype, torch.float32))[1]
-    errors = {name: _errors(x, reference[name]) for name, x in standard.items()}
-    scale = {name: _magnitude(x) for name, x in reference.items()}
-    scale["lse"] = max(scale["lse"], 1.0)  # a logarithm: rounding its argument is an absolute error
+    errors, scale = errors_and_scale(standard, reference)
 
     # dS = P (dP - delta + d_lse), so that d_lse can take delta out and put another in. Without any, nothing cancels:
     # rounding is relative to that, and so is the scale of a gradient that cancels.
@@ -125,6 +124,13 @@ def expected(case: Case, device: str = "cpu") -> Expected:
     return Expected(reference, errors, scale, {name: x.dtype for name, x in standard.items()})
 
 
+def errors_and_scale(standard: Results, reference: Results) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    errors = {name: _errors(x, reference[name]) for name, x in standard.items()}
+    scale = {name: _magnitude(x) for name, x in reference.items()}
+    scale["lse"] = max(scale["lse"], 1.0)  # a logarithm: rounding its argument is an absolute error
+    return errors, scale
+
+
 def _magnitude(x: Tensor) -> float:
     finite = x[x.isfinite()].abs()
     return finite.max().item() if finite.numel() else 0.0
@@ -134,11 +140,19 @@ def assert_correct(got: Results, case: Case, device: str = "cpu") -> None:
     """Raises AssertionError with one line for each tensor that fails. Got: everything, or o and lse."""
     want = expected(case, device)
     assert got.keys() in (want.reference.keys(), {"o", "lse"})
-    complaints = [complaint for name in got if (complaint := _complaint(name, got[name], want, case, device))]
-    assert not complaints, "\n".join([case.id, *complaints])
+    others = functools.partial(_other_seeds, case, device)
+    assert_all_correct(got, want, others, case.id, exact=case.dtype == "f64")
 
 
-def _complaint(name: str, x: Tensor, want: Expected, case: Case, device: str) -> str | None:
+def assert_all_correct(
+    got: Results, want: Expected, others: Callable[[], list[Expected]], words: str, *, exact: bool
+) -> None:
+    """others: the case and its twins, where few rows are held to the largest error of many. exact: of float64."""
+    complaints = [complaint for name in got if (complaint := _complaint(name, got[name], want, others, exact))]
+    assert not complaints, "\n".join([words, *complaints])
+
+
+def _complaint(name: str, x: Tensor, want: Expected, others: Callable[[], list[Expected]], exact: bool) -> str | None:
     reference, dtype = want.reference[name], want.dtype[name]
     if x.shape != reference.shape or x.dtype != dtype:
         return f"{name}: {x.dtype} {tuple(x.shape)}, expected {dtype} {tuple(reference.shape)}"
@@ -149,7 +163,7 @@ def _complaint(name: str, x: Tensor, want: Expected, case: Case, device: str) ->
     if misplaced.any():
         at = _where(misplaced)
         return f"{name}: infinities differ in {misplaced.sum()} places, at {at}: got {x[at]}, expected {reference[at]}"
-    rules = {"max": _MAX_FLOAT64, "mean": _MEAN_FLOAT64} if case.dtype == "f64" else {"max": _MAX, "mean": _MEAN}
+    rules = {"max": _MAX_FLOAT64, "mean": _MEAN_FLOAT64} if exact else {"max": _MAX, "mean": _MEAN}
     errors = dict(zip(rules, _errors(x, reference), strict=True))
     if _independent(x) < _VERY_FEW:
         del rules["mean"]
@@ -168,7 +182,7 @@ def _complaint(name: str, x: Tensor, want: Expected, case: Case, device: str) ->
 
     complaint = broken(want.standard_errors[name], want.scale[name])
     if complaint and _independent(x) < _FEW:
-        draws = _other_seeds(case, device)
+        draws = others()
         of_standard = tuple(map(max, zip(*(draw.standard_errors[name] for draw in draws), strict=True)))
         complaint = broken(of_standard, max(draw.scale[name] for draw in draws))
     return complaint
@@ -184,7 +198,12 @@ def _errors(x: Tensor, reference: Tensor) -> tuple[float, float]:
 @functools.lru_cache(maxsize=1)
 def _other_seeds(case: Case, device: str) -> list[Expected]:
     """The case itself and its twins."""
-    return [expected.__wrapped__(dataclasses.replace(case, seed=case.seed + n), device) for n in range(_DRAWS + 1)]
+    return [expected.__wrapped__(twin, device) for twin in twins(case)]
+
+
+def twins(case: Any) -> list[Any]:
+    """The case itself, and with other seeds."""
+    return [dataclasses.replace(case, seed=case.seed + n) for n in range(_DRAWS + 1)]
 
 
 def _independent(x: Tensor) -> int:

@@ -13,13 +13,20 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from flash_attention import _C  # noqa: E402
+from flash_attention import _C, explain_with_kvcache  # noqa: E402
 
 from .cases import Case  # noqa: E402
 from .checks import FORWARD_ONLY, promises, serves  # noqa: E402
 
 IMPLS = {device: (*(impl for impl, on in _C.kernels() if on == device), "auto") for device in ("cpu", "cuda")}
 HAS_CUDA = torch.cuda.is_available() and len(IMPLS["cuda"]) > 1  # a GPU, and kernels for it
+_TINY = torch.zeros(1, 1, 1, 8)
+WITHOUT_CACHE = {  # kernels that have no attention over a cache
+    (row.device, row.impl)
+    for row in explain_with_kvcache(_TINY, _TINY, _TINY, cache_seqlens=1)
+    if "no attention over a cache" in row.verdict
+}
+CACHE_IMPLS = {on: tuple(impl for impl in impls if (on, impl) not in WITHOUT_CACHE) for on, impls in IMPLS.items()}
 DEVICES = ["cpu", *[pytest.param("cuda", marks=pytest.mark.gpu)] * HAS_CUDA]
 
 
@@ -53,6 +60,12 @@ def each_kernel_and_dtype(*without: str, backward: bool = False) -> pytest.MarkD
             and (dtype == torch.float32 or device == "cuda" and impl in ("tensor_core", "auto"))
         ],
     )
+
+
+def each_cache_kernel(*without: str) -> pytest.MarkDecorator:
+    """Parametrises `device` and `impl`: every kernel over a key/value cache but those named."""
+    kernels = [(on, impl) for on in ("cpu", "cuda")[: 1 + HAS_CUDA] for impl in CACHE_IMPLS[on] if impl not in without]
+    return pytest.mark.parametrize(("device", "impl"), [_row(*kernel) for kernel in kernels])
 
 
 def near(dtype: torch.dtype, factor: float = 4) -> dict[str, float]:
