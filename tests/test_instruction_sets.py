@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 CHECK = """
 import sys
 from flash_attention import _C
+from tests import cache_checks
+from tests.cache_table import CASES as CACHE_CASES
 from tests.checks import assert_correct, run
 from tests.table import CASES
 assert _C.cpu_isa() == sys.argv[1], _C.cpu_isa()
@@ -28,6 +30,13 @@ for case in CASES[::2]:
             assert_correct(run(case.inputs(), impl), case)
         except Exception as error:
             failures.append(f"{impl} {error}")
+for case in CACHE_CASES:
+    arguments = case.inputs()
+    try:
+        cache_checks.assert_correct(cache_checks.run(arguments, "fused"), case)
+        cache_checks.assert_caches_correct(case, arguments)
+    except Exception as error:
+        failures.append(f"fused {case.id} {error}")
 print("\\n".join(failures))
 sys.exit(bool(failures))
 """
