@@ -21,10 +21,9 @@
 
 enum {
     kStreamMost = 2 * kStreamRows, // beyond it, transposing keys is cheaper than adding up lanes
-    kStreamKeys = 64,              // of a block; K and V of head_dim 128 in float32: 64 KiB of the second-level cache
-    kPackedKeys = 256,             // the same, packed: as kBlockN
-    kTileRows = 128,               // rows over which packing a block is spread
-    kSplitKeys = 512,              // fewest keys of a split, a multiple of both blocks
+    kAheadBytes = 16384,           // distance at which rows are asked for: 0.2 us at 80 GB/s, twice what memory takes
+    kTileRows = 128,               // rows over which packing a block of kBlockN keys is spread
+    kSplitKeys = 2 * kBlockN,      // fewest keys of a split
     kMostSplits = 128,
     kSplitRows = 2048, // most rows of all splits of a key/value head: what the workspace holds
     kMergeRows = 16,   // rows that one task joins
@@ -33,19 +32,18 @@ enum {
 typedef struct cache_scratch {  // of one worker
     operand *q;                 // [tile_rows][q_units]
     real *acc_o;                // [tile_rows][o_stride]
-    real *s;                    // [kStreamRows][block_keys]
-    operand *p;                 // [kStreamRows][block_keys / kDepth]; s itself where an operand is a real
-    real *row;                  // [block_keys]
+    real *s;                    // [kStreamRows][kBlockN]
+    operand *p;                 // [kStreamRows][kBlockN / kDepth]; s itself where an operand is a real
+    real *row;                  // [kBlockN]
     operand *pack;              // [kMicroCols][q_units]
-    operand *k_block, *v_block; // block_keys keys, packed
+    operand *k_block, *v_block; // kBlockN keys, packed
     real *row_max, *row_sum;    // [tile_rows]
 } cache_scratch;
 
 typedef struct cache_plan {
     const fa_kvcache_args *args;
-    int64_t group, rows;      // query heads of a key/value head; times seqlen_q
-    int64_t tile_rows, tiles; // of a key/value head
-    int64_t block_keys;
+    int64_t group, rows;         // query heads of a key/value head; times seqlen_q
+    int64_t tile_rows, tiles;    // of a key/value head
     int64_t most_splits, splits; // that a length may have, and that one has
     int64_t q_units,
         o_stride; // operands of a row of q, in whole vectors; head_dim_v in whole panels, which are whole column groups
@@ -59,14 +57,13 @@ typedef struct cache_plan {
 
 static cache_scratch cache_scratch_at(const cache_plan *plan, int32_t worker, size_t *bytes) {
     fa_arena arena = {plan->scratch ? plan->scratch + (size_t)worker * plan->scratch_bytes : NULL, 0};
-    const size_t rows = (size_t)fa_round_up(plan->tile_rows, kStreamRows), keys = (size_t)plan->block_keys;
-    const size_t packed_keys = plan->streams ? 0 : keys;
+    const size_t rows = (size_t)fa_round_up(plan->tile_rows, kStreamRows), packed_keys = plan->streams ? 0 : kBlockN;
     cache_scratch scratch;
     scratch.q = fa_take(&arena, rows * (size_t)plan->q_units * sizeof(operand));
     scratch.acc_o = fa_take(&arena, rows * (size_t)plan->o_stride * sizeof(real));
-    scratch.s = fa_take(&arena, kStreamRows * keys * sizeof(real));
-    scratch.p = kDepth == 1 ? (operand *)scratch.s : fa_take(&arena, kStreamRows * keys / kDepth * sizeof(operand));
-    scratch.row = fa_take(&arena, keys * sizeof(real));
+    scratch.s = fa_take(&arena, kStreamRows * kBlockN * sizeof(real));
+    scratch.p = kDepth == 1 ? (operand *)scratch.s : fa_take(&arena, kStreamRows * kBlockN / kDepth * sizeof(operand));
+    scratch.row = fa_take(&arena, kBlockN * sizeof(real));
     scratch.pack = fa_take(&arena, plan->streams ? 0 : (size_t)(kMicroCols * plan->q_units) * sizeof(operand));
     scratch.k_block = fa_take(&arena, packed_keys * (size_t)depth_units(plan->args->head_dim) * sizeof(operand));
     scratch.v_block = fa_take(&arena, packed_keys / kDepth * (size_t)plan->o_stride * sizeof(operand));
@@ -82,7 +79,6 @@ static cache_plan cache_plan_of(const fa_kvcache_args *args) {
     plan.streams = plan.rows <= kStreamMost;
     plan.tile_rows = plan.streams ? kStreamMost : kTileRows;
     plan.tiles = fa_ceil_div(plan.rows, plan.tile_rows);
-    plan.block_keys = plan.streams ? kStreamKeys : kPackedKeys;
     const int64_t limit = fa_clamp(kSplitRows / fa_max(plan.rows, 1), 1, kMostSplits);
     plan.most_splits = fa_clamp(fa_ceil_div(args->max_pages * args->page_size, kSplitKeys), 1, limit);
     plan.q_units = fa_round_up(depth_units(args->head_dim), kLanes);
@@ -114,7 +110,7 @@ static cache_span cache_span_of(const cache_plan *plan, int64_t b) {
     span.hi = fa_max(span.lo, fa_cached_keys(args, &span.seq, args->seqlen_q - 1).hi);
     const int64_t keys = span.hi - span.lo, limit = fa_clamp(kSplitRows / plan->rows, 1, kMostSplits);
     const int64_t wanted = fa_clamp(fa_ceil_div(keys, kSplitKeys), 1, limit);
-    span.split_keys = fa_max(kSplitKeys, fa_round_up(fa_ceil_div(keys, wanted), kPackedKeys));
+    span.split_keys = fa_max(kSplitKeys, fa_round_up(fa_ceil_div(keys, wanted), kBlockN));
     span.splits = fa_max(1, fa_ceil_div(keys, span.split_keys));
     return span;
 }
@@ -128,26 +124,28 @@ typedef struct cache_tile {
     real score_scale; // of products q.k, where q is not scaled as it is loaded
 } cache_tile;
 
+// Rows that kernels of whole strips touch.
+static inline int64_t strip_end(int64_t n) { return n / kStreamRows * kStreamRows + stream_rows(n % kStreamRows); }
 static inline int64_t query_of(const cache_plan *plan, int64_t r) { return r / plan->group; }
 static inline int64_t head_of(const cache_plan *plan, int64_t h_kv, int64_t r) {
     return h_kv * plan->group + r % plan->group;
 }
 
-// The tile's rows of q, rotated and, where operands are reals, scaled; zeros up to whole strips.
+// The tile's rows of q, rotated and, where operands are reals, scaled. Rows that fill up the last strip are zeros.
 static void load_queries(const cache_tile *tile, real scale) {
     const cache_plan *plan = tile->plan;
     const fa_kvcache_args *args = plan->args;
-    for (int64_t r = 0; r < fa_round_up(tile->n, kStreamRows); ++r) {
-        real x[FA_MAX_HEAD_DIM + 2 * kLanes] = {0};
+    real x[FA_MAX_HEAD_DIM + 2 * kLanes];
+    for (int64_t r = 0; r < tile->n; ++r) {
         const int64_t i = query_of(plan, tile->r0 + r), h = head_of(plan, tile->h_kv, tile->r0 + r);
-        if (r < tile->n) {
-            const int64_t at = fa_row_offset(&args->q, tile->b, h, i);
-            load_row(x, element_at(args->q.data, args->dtype, at), args->head_dim, args->head_dim, args->dtype, scale);
-            if (args->rotary.cos) rotate_row(x, &args->rotary, tile->seq.start + i);
-        }
+        const char *row = element_at(args->q.data, args->dtype, fa_row_offset(&args->q, tile->b, h, i));
+        load_row(x, row, args->head_dim, plan->q_units * kDepth, args->dtype, scale);
+        if (args->rotary.cos) rotate_row(x, &args->rotary, tile->seq.start + i);
         for (int64_t u = 0; u < plan->q_units; u += kLanes)
             v_store_operand(tile->scratch->q + r * plan->q_units + u, x + u * kDepth);
     }
+    const int64_t missing = strip_end(tile->n) - tile->n;
+    memset(tile->scratch->q + tile->n * plan->q_units, 0, (size_t)(missing * plan->q_units) * sizeof(operand));
 }
 
 // Products q.k of a row with n keys from n0 on -> scores, -inf where the row does not see the key; `columns` of them.
@@ -167,55 +165,52 @@ static void finish_cached_scores(const cache_tile *tile, real *s, int64_t r, int
         if (!fa_tree_shows(args, &tile->seq, tile->b, i, j)) s[j - n0] = -INFINITY;
 }
 
-// The softmax of n rows from r on of the tile; s and p have rows block_keys apart, and `columns` of them.
+// The softmax of n rows from r on of the tile; s and p have rows kBlockN apart, and `columns` of them.
 static void soften_rows(const cache_tile *tile, int64_t r, int64_t n, int64_t n0, int64_t keys, int64_t columns) {
     const cache_scratch *scratch = tile->scratch;
-    const int64_t stride = tile->plan->block_keys, o_stride = tile->plan->o_stride;
+    const int64_t o_stride = tile->plan->o_stride;
     for (int64_t i = 0; i < n; ++i) {
-        finish_cached_scores(tile, scratch->s + i * stride, tile->r0 + r + i, n0, keys, columns);
-        softmax_row(scratch->s + i * stride, scratch->p + i * stride / kDepth, NULL, columns, &scratch->row_max[r + i],
-                    &scratch->row_sum[r + i], scratch->acc_o + (r + i) * o_stride, o_stride);
+        finish_cached_scores(tile, scratch->s + i * kBlockN, tile->r0 + r + i, n0, keys, columns);
+        softmax_row(scratch->s + i * kBlockN, scratch->p + i * kBlockN / kDepth, NULL, columns,
+                    &scratch->row_max[r + i], &scratch->row_sum[r + i], scratch->acc_o + (r + i) * o_stride, o_stride);
     }
 }
 
 // ---- few rows: keys and values where they lie -----------------------------------------------------------------------
 
-typedef struct row_list { // one block's, and what kernels may ask for beyond its end
-    const char *rows[kPackedKeys + kStreamVectors];
+// Rows in the order in which they are read: K and V of a block, then K of the next.
+typedef struct row_list {
+    const char *k[kBlockN], *v[kBlockN], *next_k[kBlockN], *beyond[kBlockN];
 } row_list;
 
-static void list_rows(row_list *list, const cache_tile *tile, const fa_tensor *cache, int64_t n0, int64_t n) {
-    find_rows(list->rows, tile->plan->args, cache, tile->b, tile->h_kv, n0, n);
-    for (int64_t i = n; i < fa_round_up(n, kStreamVectors); ++i) list->rows[i] = list->rows[n - 1];
+static void list_rows(const char **rows, const cache_tile *tile, const fa_tensor *cache, int64_t n0) {
+    const int64_t n = fa_min(kBlockN, tile->hi - n0);
+    if (n > 0) find_rows(rows, tile->plan->args, cache, tile->b, tile->h_kv, n0, n);
+    for (int64_t i = n > 0 ? n : 0; i < kBlockN; ++i) rows[i] = n > 0 ? rows[n - 1] : (const char *)kZeroRow;
 }
 
 static void attend_streaming(const cache_tile *tile) {
     const cache_plan *plan = tile->plan;
     const fa_kvcache_args *args = plan->args;
     const cache_scratch *scratch = tile->scratch;
-    const int64_t k_bytes = args->head_dim * fa_dtype_bytes(args->cache_dtype);
-    const int64_t v_bytes = args->head_dim_v * fa_dtype_bytes(args->cache_dtype);
-    row_list k_lists[2], v_list;
-    list_rows(&k_lists[0], tile, &args->k_cache, tile->lo, fa_min(kStreamKeys, tile->hi - tile->lo));
-    for (int64_t n0 = tile->lo, turn = 0; n0 < tile->hi; n0 += kStreamKeys, ++turn) {
-        const int64_t n = fa_min(kStreamKeys, tile->hi - n0), coming = fa_min(kStreamKeys, tile->hi - n0 - n);
-        const char *const *k_rows = k_lists[turn % 2].rows, *const *next_k = NULL, *const *v_rows = v_list.rows;
-        list_rows(&v_list, tile, &args->v_cache, n0, n);
-        if (coming > 0) {
-            row_list *next = &k_lists[(turn + 1) % 2];
-            list_rows(next, tile, &args->k_cache, n0 + n, coming);
-            for (int64_t i = coming; i < n; ++i) next->rows[i] = next->rows[coming - 1];
-            next_k = next->rows;
-        }
+    const int64_t row_bytes = fa_max(args->head_dim, args->head_dim_v) * fa_dtype_bytes(args->cache_dtype);
+    const int64_t distance = fa_clamp(kAheadBytes / row_bytes, 1, kBlockN);
+    row_list list;
+    list_rows(list.next_k, tile, &args->k_cache, tile->lo);
+    memcpy(list.beyond, list.next_k, sizeof list.beyond);
+    for (int64_t n0 = tile->lo; n0 < tile->hi; n0 += kBlockN) {
+        const int64_t n = fa_min(kBlockN, tile->hi - n0);
+        memcpy(list.k, list.next_k, sizeof list.k);
+        list_rows(list.v, tile, &args->v_cache, n0);
+        list_rows(list.next_k, tile, &args->k_cache, n0 + kBlockN);
         for (int64_t r = 0; r < tile->n; r += kStreamRows) {
-            const int64_t rows = fa_min(kStreamRows, tile->n - r);
-            stream_scores(stream_rows(rows), args->cache_dtype, scratch->q + r * plan->q_units, plan->q_units, k_rows,
-                          n, args->head_dim, scratch->s, plan->block_keys, r == 0 ? v_rows : NULL, v_bytes);
+            const int64_t rows = fa_min(kStreamRows, tile->n - r), ahead = r == 0 ? distance : 0;
+            stream_scores(stream_rows(rows), args->cache_dtype, scratch->q + r * plan->q_units, plan->q_units, list.k,
+                          n, args->head_dim, scratch->s, kBlockN, list.k + ahead);
             soften_rows(tile, r, rows, n0, n, fa_round_up(n, kMicroCols));
-            if (kDepth > 1 && n % kDepth) v_list.rows[n] = (const char *)kZeroRow; // its p is 0
-            stream_values(stream_rows(rows), args->cache_dtype, scratch->p, plan->block_keys / kDepth, v_rows, n,
-                          args->head_dim_v, scratch->acc_o + r * plan->o_stride, plan->o_stride, r == 0 ? next_k : NULL,
-                          k_bytes);
+            if (kDepth > 1 && n % kDepth) list.v[n] = (const char *)kZeroRow; // its p is 0
+            stream_values(stream_rows(rows), args->cache_dtype, scratch->p, kBlockN / kDepth, list.v, n,
+                          args->head_dim_v, scratch->acc_o + r * plan->o_stride, plan->o_stride, list.v + ahead);
         }
     }
 #if FA_BF16_OPERANDS
@@ -231,18 +226,18 @@ static void pack_block(const cache_tile *tile, int64_t n0, int64_t n) {
     const fa_kvcache_args *args = plan->args;
     const cache_scratch *scratch = tile->scratch;
     const int64_t units = depth_units(args->head_dim);
-    row_list list;
-    find_rows(list.rows, args, &args->k_cache, tile->b, tile->h_kv, n0, n);
+    const char *list[kBlockN + 1];
+    find_rows(list, args, &args->k_cache, tile->b, tile->h_kv, n0, n);
     for (int64_t j = 0; j < n; j += kMicroCols) {
         for (int64_t r = 0; r < kMicroCols; ++r)
-            load_along(scratch->pack + r * plan->q_units, j + r < n ? list.rows[j + r] : (const char *)kZeroRow,
+            load_along(scratch->pack + r * plan->q_units, j + r < n ? list[j + r] : (const char *)kZeroRow,
                        args->head_dim, plan->q_units, args->cache_dtype, 1);
         transpose_panel(scratch->k_block + j * units, scratch->pack, plan->q_units, units);
     }
-    find_rows(list.rows, args, &args->v_cache, tile->b, tile->h_kv, n0, n);
-    list.rows[n] = (const char *)kZeroRow;
+    find_rows(list, args, &args->v_cache, tile->b, tile->h_kv, n0, n);
+    list[n] = (const char *)kZeroRow;
     for (int64_t j = 0; j < n; j += kDepth)
-        load_down(scratch->v_block + j / kDepth * plan->o_stride, list.rows + j, args->head_dim_v, plan->o_stride,
+        load_down(scratch->v_block + j / kDepth * plan->o_stride, list + j, args->head_dim_v, plan->o_stride,
                   args->cache_dtype);
 }
 
@@ -251,8 +246,8 @@ static void attend_packed(const cache_tile *tile) {
     const fa_kvcache_args *args = plan->args;
     const cache_scratch *scratch = tile->scratch;
     const int64_t units = depth_units(args->head_dim);
-    for (int64_t n0 = tile->lo; n0 < tile->hi; n0 += kPackedKeys) {
-        const int64_t n = fa_min(kPackedKeys, tile->hi - n0);
+    for (int64_t n0 = tile->lo; n0 < tile->hi; n0 += kBlockN) {
+        const int64_t n = fa_min(kBlockN, tile->hi - n0);
         pack_block(tile, n0, n);
         for (int64_t r = 0; r < tile->n; r += kMicroRows) {
             const int64_t rows = fa_min(kMicroRows, tile->n - r), last = tile->r0 + r + rows - 1;
@@ -261,10 +256,10 @@ static void attend_packed(const cache_tile *tile) {
             const int64_t columns = fa_round_up(seen, kMicroCols);
             for (int64_t c = 0; c < columns; c += kMicroCols)
                 micro_kernel(rows, units, scratch->q + r * plan->q_units, plan->q_units, 1,
-                             scratch->k_block + c * units, kMicroCols, scratch->s + c, kPackedKeys, 0);
+                             scratch->k_block + c * units, kMicroCols, scratch->s + c, kBlockN, 0);
             soften_rows(tile, r, rows, n0, seen, columns);
             for (int64_t d = 0; d < plan->o_stride; d += kMicroCols)
-                micro_kernel(rows, depth_units(seen), scratch->p, kPackedKeys / kDepth, 1, scratch->v_block + d,
+                micro_kernel(rows, depth_units(seen), scratch->p, kBlockN / kDepth, 1, scratch->v_block + d,
                              plan->o_stride, scratch->acc_o + r * plan->o_stride + d, plan->o_stride, 1);
         }
     }
@@ -320,9 +315,7 @@ static void attend_task(void *arg, int64_t task, int32_t worker) {
 
     for (int64_t r = 0; r < tile.n; ++r) scratch.row_max[r] = -INFINITY, scratch.row_sum[r] = 0;
     if (tile.lo < tile.hi) {
-        const int64_t rows = fa_round_up(tile.n, kStreamRows);
-        memset(scratch.acc_o, 0, (size_t)(rows * plan->o_stride) * sizeof(real));
-        if (kDepth > 1) memset(scratch.p, 0, (size_t)(kStreamRows * plan->block_keys / kDepth) * sizeof(operand));
+        memset(scratch.acc_o, 0, (size_t)(strip_end(tile.n) * plan->o_stride) * sizeof(real));
         load_queries(&tile, pack_scale(scale));
         if (plan->streams)
             attend_streaming(&tile);

@@ -13,7 +13,7 @@ enum {
     kStreamRows = 8,
     kStep = kDepth * kLanes, // elements of a key that a vector holds
     kColumnVectors = kDepth, // accumulators of a column group, kStep columns
-    kKeysAtOnce = kStreamVectors > 8 ? 8 : kStreamVectors,
+    kKeysAtOnce = 4,
 };
 
 // What the loads below leave of a value.
@@ -67,23 +67,31 @@ FA_ALWAYS_INLINE void stream_last_value(voperand out[kColumnVectors], const char
     stream_value(out, pointers, 0, dtype);
 }
 
+// Fetches a line that will be read soon into the second-level cache, which has more misses under way than the first.
+FA_ALWAYS_INLINE void stream_ahead(const char *row, int64_t at) {
+    if (kLanes > 1 && at % 64 == 0) __builtin_prefetch(row + at, 0, 2);
+}
+
 // Sums of `keys` keys (at most kKeysAtOnce) and `rows` rows: sums[r * sums_stride + k], a lane each.
 FA_ALWAYS_INLINE void stream_dots(const int rows, const int keys, const fa_dtype dtype, const operand *q,
-                                  int64_t q_stride, const char *const *k_rows, int64_t width, vreal *sums,
-                                  const int sums_stride) {
+                                  int64_t q_stride, const char *const *k_rows, const char *const *ahead, int64_t width,
+                                  vreal *sums, const int sums_stride) {
     vreal acc[kStreamRows][kKeysAtOnce];
-    const char *pointers[kKeysAtOnce];
+    const char *pointers[kKeysAtOnce], *coming[kKeysAtOnce];
     const int64_t bytes = fa_dtype_bytes(dtype), whole = width / kStep * kStep;
 #pragma GCC unroll 8
     for (int k = 0; k < keys; ++k) {
-        pointers[k] = k_rows[k];
+        pointers[k] = k_rows[k], coming[k] = ahead[k];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) acc[r][k] = v_set1(0);
     }
     for (int64_t d = 0; d < whole; d += kStep) {
         voperand key[kKeysAtOnce];
 #pragma GCC unroll 8
-        for (int k = 0; k < keys; ++k) key[k] = stream_key(pointers[k] + d * bytes, dtype);
+        for (int k = 0; k < keys; ++k) {
+            key[k] = stream_key(pointers[k] + d * bytes, dtype);
+            stream_ahead(coming[k], d * bytes);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const voperand q_r = v_load_operand(q + r * q_stride + d / kDepth);
@@ -106,23 +114,17 @@ FA_ALWAYS_INLINE void stream_dots(const int rows, const int keys, const fa_dtype
         for (int k = 0; k < keys; ++k) sums[r * sums_stride + k] = acc[r][k];
 }
 
-// Bytes [0, bytes) of a row into the second-level cache: a page's end stops the prefetcher of the machine.
-static inline void stream_ahead(const char *row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
 // s: rows s_stride apart. k_rows has pointers, to any row, up to a multiple of kStreamVectors of n. ahead: n rows to come.
 FA_ALWAYS_INLINE void stream_scores_rows(const int rows, const fa_dtype dtype, const operand *q, int64_t q_stride,
                                          const char *const *k_rows, int64_t n, int64_t width, real *s, int64_t s_stride,
-                                         const char *const *ahead, int64_t ahead_bytes) {
+                                         const char *const *ahead) {
     const int keys = kStreamVectors / rows, at_once = keys < kKeysAtOnce ? keys : kKeysAtOnce;
     for (int64_t j = 0; j < n; j += keys) {
         vreal sums[kStreamVectors];
         real out[kStreamVectors];
-        for (int k = 0; k < keys && ahead; ++k) stream_ahead(ahead[j + k], ahead_bytes);
 #pragma GCC unroll 2
         for (int k = 0; k < keys; k += at_once)
-            stream_dots(rows, at_once, dtype, q, q_stride, k_rows + j + k, width, sums + k, keys);
+            stream_dots(rows, at_once, dtype, q, q_stride, k_rows + j + k, ahead + j + k, width, sums + k, keys);
 #pragma GCC unroll 8
         for (int i = 0; i < kStreamVectors; i += kLanes) v_store(out + i, v_hsums(sums + i));
 #pragma GCC unroll 8
@@ -133,8 +135,7 @@ FA_ALWAYS_INLINE void stream_scores_rows(const int rows, const fa_dtype dtype, c
 // `groups` column groups from `column` on; tail_bytes: of the one group that is not whole, else 0.
 FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, const fa_dtype dtype, const operand *p,
                                            int64_t p_stride, const char *const *v_rows, int64_t units, int64_t column,
-                                           int64_t tail_bytes, real *o, int64_t o_stride, const char *const *ahead,
-                                           int64_t ahead_bytes) {
+                                           int64_t tail_bytes, real *o, int64_t o_stride, const char *const *ahead) {
     vreal acc[kStreamRows][8 * kColumnVectors];
     const int vectors = groups * kColumnVectors;
     const int64_t bytes = fa_dtype_bytes(dtype);
@@ -144,7 +145,6 @@ FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, con
         for (int i = 0; i < vectors; ++i) acc[r][i] = v_load(o + r * o_stride + column + i * kLanes);
     for (int64_t unit = 0; unit < units; ++unit) {
         const char *const *row = v_rows + unit * kDepth;
-        for (int i = 0; i < kDepth && ahead; ++i) stream_ahead(ahead[unit * kDepth + i], ahead_bytes);
 #pragma GCC unroll 8
         for (int g = 0; g < groups; ++g) {
             voperand v[kColumnVectors];
@@ -152,6 +152,7 @@ FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, con
                 stream_last_value(v, row, column * bytes, tail_bytes, dtype);
             else
                 stream_value(v, row, (column + g * kStep) * bytes, dtype);
+            for (int i = 0; i < kDepth; ++i) stream_ahead(ahead[unit * kDepth + i], (column + g * kStep) * bytes);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
@@ -169,13 +170,12 @@ FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, con
 // o: rows o_stride apart, in whole column groups, in the order of stream_value's columns.
 FA_ALWAYS_INLINE void stream_values_rows(const int rows, const fa_dtype dtype, const operand *p, int64_t p_stride,
                                          const char *const *v_rows, int64_t n, int64_t width, real *o, int64_t o_stride,
-                                         const char *const *ahead, int64_t ahead_bytes) {
+                                         const char *const *ahead) {
     const int most = kStreamVectors / rows / kColumnVectors; // groups whose accumulators are in registers
     const int64_t units = depth_units(n), whole = width / kStep * kStep, tail = (width - whole) * fa_dtype_bytes(dtype);
     int64_t column = 0;
 #define FA_VALUES(GROUPS, TAIL)                                                                                        \
-    stream_values_groups(rows, GROUPS, dtype, p, p_stride, v_rows, units, column, TAIL, o, o_stride,                   \
-                         column ? NULL : ahead, ahead_bytes)
+    stream_values_groups(rows, GROUPS, dtype, p, p_stride, v_rows, units, column, TAIL, o, o_stride, ahead)
     for (; most >= 8 && column + 8 * kStep <= whole; column += 8 * kStep) FA_VALUES(8, 0);
     for (; most >= 4 && column + 4 * kStep <= whole; column += 4 * kStep) FA_VALUES(4, 0);
     for (; most >= 2 && column + 2 * kStep <= whole; column += 2 * kStep) FA_VALUES(2, 0);
@@ -199,13 +199,13 @@ FA_ALWAYS_INLINE void stream_values_rows(const int rows, const fa_dtype dtype, c
     }
 #endif
 
-static int stream_rows(int64_t n) { return n > 4 ? 8 : n > 2 ? 4 : n > 1 ? 2 : 1; }
+// Rows of the kernel that serves n of them; of 0 none.
+static inline int stream_rows(int64_t n) { return n > 4 ? 8 : n > 2 ? 4 : (int)n; }
 
 static void stream_scores(int rows, fa_dtype dtype, const operand *q, int64_t q_stride, const char *const *k_rows,
-                          int64_t n, int64_t width, real *s, int64_t s_stride, const char *const *ahead,
-                          int64_t ahead_bytes) {
+                          int64_t n, int64_t width, real *s, int64_t s_stride, const char *const *ahead) {
 #define FA_SCORES_OF(ROWS, DTYPE)                                                                                      \
-    case ROWS: stream_scores_rows(ROWS, DTYPE, q, q_stride, k_rows, n, width, s, s_stride, ahead, ahead_bytes); break;
+    case ROWS: stream_scores_rows(ROWS, DTYPE, q, q_stride, k_rows, n, width, s, s_stride, ahead); break;
 #define FA_SCORES(DTYPE)                                                                                               \
     switch (rows) { FA_SCORES_OF(1, DTYPE) FA_SCORES_OF(2, DTYPE) FA_SCORES_OF(4, DTYPE) FA_SCORES_OF(8, DTYPE) }
     (void)dtype;
@@ -215,10 +215,9 @@ static void stream_scores(int rows, fa_dtype dtype, const operand *q, int64_t q_
 }
 
 static void stream_values(int rows, fa_dtype dtype, const operand *p, int64_t p_stride, const char *const *v_rows,
-                          int64_t n, int64_t width, real *o, int64_t o_stride, const char *const *ahead,
-                          int64_t ahead_bytes) {
+                          int64_t n, int64_t width, real *o, int64_t o_stride, const char *const *ahead) {
 #define FA_VALUES_OF(ROWS, DTYPE)                                                                                      \
-    case ROWS: stream_values_rows(ROWS, DTYPE, p, p_stride, v_rows, n, width, o, o_stride, ahead, ahead_bytes); break;
+    case ROWS: stream_values_rows(ROWS, DTYPE, p, p_stride, v_rows, n, width, o, o_stride, ahead); break;
 #define FA_VALUES(DTYPE)                                                                                               \
     switch (rows) { FA_VALUES_OF(1, DTYPE) FA_VALUES_OF(2, DTYPE) FA_VALUES_OF(4, DTYPE) FA_VALUES_OF(8, DTYPE) }
     (void)dtype;
