@@ -1,4 +1,4 @@
-"""When attention over a key/value cache is correct: its results as checks.py has it, and what it leaves in the caches."""
+"""When attention over a key/value cache is correct: its results as in checks.py, and what it leaves in the caches."""
 
 from __future__ import annotations
 
