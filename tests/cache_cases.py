@@ -29,6 +29,7 @@ class CacheCase:
     append: bool = True  # k and v are given
     page_size: int | None = None  # contiguous
     slack: int = 5  # tokens that the cache has room for beyond the longest sequence; with pages at least
+    whole_table: bool = False  # a page for each entry, also for those of no token
     batch_idx: bool = False
     layout: str = "bhld"  # memory: "blhd" (length before heads), "gaps" (rows cut out of longer ones)
     rotary: str | None = None  # "interleaved", "halves"
@@ -65,7 +66,7 @@ class CacheCase:
 
     def inputs(self, device: str = "cpu") -> dict[str, Any]:
         """The arguments of flash_attention_with_kvcache() but impl, out, num_splits and return_lse, all new memory.
-        Rows of no token are NaN, entries of the page table for no token are garbage."""
+        Rows of no token are NaN, entries of the page table for no token garbage."""
         return _Maker(self, device).arguments()
 
 
@@ -109,7 +110,7 @@ class _Maker:
         for b, length in enumerate(case.lengths):
             token = torch.arange(length)
             used[table[b, token // page_size], token % page_size] = True
-            if case.page_size is not None:
+            if case.page_size is not None and not case.whole_table:
                 after = -(-(length + case.seqlen_q * case.append) // page_size)
                 table[b, after:] = torch.tensor(GARBAGE)[torch.arange(table.shape[1] - after) % 3]
         growth = 50.0 if case.large else 1.0

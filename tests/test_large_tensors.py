@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attention import flash_attention
+from flash_attention import flash_attention, flash_attention_with_kvcache
 
+from .cache_checks import same_bits
 from .cases import Case
 from .checks import FORWARD_ONLY, assert_correct, run, serves
-from .conftest import IMPLS, each_kernel
+from .conftest import CACHE_IMPLS, IMPLS, each_cache_kernel, each_kernel
 
 ROWS = 70000  # more than a grid has in y or z
 each_gpu_kernel = pytest.mark.parametrize("impl", [impl for impl in IMPLS["cuda"] if impl != "auto"] or ["fused"])
@@ -102,3 +103,39 @@ def test_results_of_more_than_32_bits(impl: str) -> None:
         alone = results(impl, *(x[:, h : h + 1] for x in (q, k, v, d_o)))
         for x, y in zip(got, alone, strict=True):
             torch.testing.assert_close(x[:, h : h + 1], y, rtol=2e-2, atol=1e-3)
+
+
+@each_cache_kernel("auto", "reference")
+def test_pages_past_two_to_the_31_elements(device: str, impl: str) -> None:
+    """On a CPU memory that nobody touches is not there: the machine needs none of the 4 GiB."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        pages = 2**31 // (8 * 64 * 128) + 4
+        large = torch.empty(pages, 8, 64, 128, dtype=torch.bfloat16, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    table = torch.tensor([[pages - 1, 0], [pages - 2, pages - 3], [1, pages - 4]], dtype=torch.int32, device=device)
+    renumbered = torch.arange(6, dtype=torch.int32, device=device).view(3, 2)
+    small = torch.randn(6, 8, 64, 128, device=device).to(torch.bfloat16)
+    large[table.flatten().long()] = small
+    q, k, v = (torch.randn(3, heads, 1, 64, device=device).to(torch.bfloat16) for heads in (16, 8, 8))
+    lengths = torch.tensor([100, 64, 127], dtype=torch.int32, device=device)
+
+    def call(cache: Tensor, table: Tensor) -> Tensor:
+        return flash_attention_with_kvcache(
+            q, cache[..., :64], cache[..., 64:], k, v, cache_seqlens=lengths, page_table=table, impl=impl
+        )
+
+    assert same_bits(call(large, table), call(small, renumbered))
+    assert same_bits(large[table.flatten().long()], small)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", [impl for impl in CACHE_IMPLS["cuda"] if impl != "auto"] or ["fused"])
+def test_a_sequence_past_two_to_the_31_elements(impl: str) -> None:
+    length = 2**31 // (8 * 128) + 1000
+    k_cache, v_cache = (normal(1, 8, length, 128) for _ in range(2))
+    k_cache[:, :, :-50] *= 0.1
+    q = k_cache[:, :, -1:] * 2  # weighs its own key alone
+    o = flash_attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=length, impl=impl)
+    torch.testing.assert_close(o, flash_attention(q, k_cache[:, :, -50:], v_cache[:, :, -50:]), rtol=0, atol=0.05)
