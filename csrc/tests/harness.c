@@ -63,6 +63,8 @@ static void run_on_cpu(void) {
     test_gate();
     test_finite_differences();
     test_attention(FA_CPU);
+    test_kvcache_gate();
+    test_kvcache(FA_CPU);
     test_end();
 }
 
@@ -73,6 +75,7 @@ static void run_on_gpu(void) {
         return;
     }
     test_attention(FA_CUDA);
+    test_kvcache(FA_CUDA);
     test_invalid_lengths();
     test_end();
 }

@@ -23,6 +23,8 @@ void test_attention(fa_device device);
 void test_finite_differences(void);
 void test_gate(void);
 void test_invalid_lengths(void);
+void test_kvcache(fa_device device);
+void test_kvcache_gate(void);
 void test_tables(void);
 
 #endif
