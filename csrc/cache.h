@@ -8,30 +8,28 @@
 #include "sizes.h"
 
 typedef struct fa_cached_sequence {
-    int64_t
-        start; // position of q's row 0; tokens from here on are new. Negative where q has more rows than there are keys
-    int64_t len_k; // tokens that a query may see, new ones included
+    int32_t start; // position of q's row 0; later tokens are new. Negative where q has more rows than there are keys
+    int32_t len_k; // tokens that a query may see, new ones included
 } fa_cached_sequence;
 
 // Lengths are read here, where they lie, and cut to the pages: on a GPU nothing has checked them before.
 static FA_HOST_DEVICE fa_cached_sequence fa_cached_sequence_at(const fa_kvcache_args *args, int64_t b) {
-    const int64_t capacity = args->max_pages * args->page_size;
-    const int64_t length = fa_clamp(args->cache_seqlens[b], 0, capacity);
-    const int64_t start = args->k.data ? length : length - args->seqlen_q;
-    const fa_cached_sequence seq = {start, args->k.data ? fa_min(length + args->seqlen_q, capacity) : length};
+    const int32_t capacity = (int32_t)(args->max_pages * args->page_size), seqlen_q = (int32_t)args->seqlen_q;
+    const int32_t given = args->cache_seqlens[b], cut = given < capacity ? given : capacity, length = cut > 0 ? cut : 0;
+    const int32_t longer = length + seqlen_q < capacity ? length + seqlen_q : capacity;
+    const fa_cached_sequence seq = {args->k.data ? length : length - seqlen_q, args->k.data ? longer : length};
     return seq;
 }
 
 // The keys that row i of q may see; of those from seq->start on only such as fa_tree_shows.
 static FA_HOST_DEVICE fa_interval fa_cached_keys(const fa_kvcache_args *args, const fa_cached_sequence *seq,
                                                  int64_t i) {
-    const int64_t center = seq->start + i;
-    fa_interval keys = {0, seq->len_k};
-    if (args->causal && !args->tree_mask && center + 1 < keys.hi) keys.hi = center + 1;
-    if (args->window_right >= 0 && args->window_right < keys.hi - center - 1) keys.hi = center + args->window_right + 1;
-    if (args->window_left >= 0 && args->window_left < center) keys.lo = center - args->window_left;
-    if (keys.hi < 0) keys.hi = 0;
-    if (keys.lo > seq->len_k) keys.lo = seq->len_k;
+    const int32_t center = seq->start + (int32_t)i;
+    int32_t lo = 0, hi = seq->len_k;
+    if (args->causal && !args->tree_mask && center + 1 < hi) hi = center + 1;
+    if (args->window_right >= 0 && args->window_right < hi - center - 1) hi = center + (int32_t)args->window_right + 1;
+    if (args->window_left >= 0 && args->window_left < center) lo = center - (int32_t)args->window_left;
+    const fa_interval keys = {lo < seq->len_k ? lo : seq->len_k, hi > 0 ? hi : 0};
     return keys;
 }
 

@@ -39,8 +39,8 @@ static fa_status check_request(const fa_kvcache_args *args) {
     FA_CHECK(fa_check_size("pages", args->pages, 0, INT32_MAX));
     FA_CHECK(fa_check_size("page_size", args->page_size, 0, INT32_MAX));
     FA_CHECK(fa_check_size("max_pages", args->max_pages, 0, INT32_MAX));
-    FA_CHECK(fa_check_size("tokens of a sequence (max_pages x page_size)", args->max_pages * args->page_size, 0,
-                           INT32_MAX - 1024)); // and a tile beyond
+    FA_CHECK(fa_check_size("seqlen_q + max_pages x page_size", args->seqlen_q + args->max_pages * args->page_size, 0,
+                           INT32_MAX - 1024)); // positions are counted in 32 bits, and a tile beyond
     FA_REQUIRE(args->page_table || (args->max_pages == 1 && args->pages >= args->batch), FA_ERROR_VALUE,
                "k_cache has %lld entries: without a page_table or cache_batch_idx each of %lld sequences needs its own",
                (long long)args->pages, (long long)args->batch);

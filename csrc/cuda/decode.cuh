@@ -2,108 +2,166 @@
 //
 //   o_i = sum_j e^(s_ij - m_i) v_j / l_i,  over keys in parts that many blocks share     Dao et al., Flash-Decoding (2023)
 //
-// A block per SM takes a part of all lines' turns (decode_plan.cuh) and walks over it; kStages turns are in shared memory or
-// on their way:
+// A block per SM takes a part of all lines' turns (decode_plan.cuh) and walks over it. Its warps have three trades, each with
+// a way of its own through the part:
 //
-//   wait, barrier | copy a later turn's K, V | attend: (m, l, O) of this turn | fold into the sums of 4, 16 turns, the line
+//   copiers     wait until a stage is empty | copy a turn's K, V to it, and a line's Q | stage is full
+//   attenders   wait until a stage is full  | (m, l, O) of the turn, by 16 keys a warp | stage is empty, sums are there
+//   folders     wait for the sums           | fold them: turn, 4 turns, 16, the line   | sums were read; store the line
 //
-// Where a line is complete its result is stored. Where a part ends within one, sums are told to decode_merge, which starts
-// while this kernel runs and waits for it. New tokens are rotated, stored in the cache by the one block that has their turn
-// of the first rows, and taken from k and v, not from the cache, by all.
+// kStages turns are in shared memory or on their way. Where a part ends within a line, sums are told to decode_merge, which
+// starts while this kernel runs and waits for it. New tokens are rotated by the copiers, who take them from k and v, not from
+// the cache; the block that has their turn of the first rows stores them there.
 //
-// T makes a turn's (m, l, O): on tensor cores (decode_tensor_core.cuh) or CUDA cores (decode_fused.cu).
+// T makes a turn's (m, l, O): on tensor cores (decode_tensor_core.cuh) or CUDA cores (decode_fused.cuh).
 #ifndef FA_DECODE_CUH
 #define FA_DECODE_CUH
 
 #include "cuda/decode_merge.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/sync.cuh"
 
-// What a thread knows of the line that its block is at.
-struct DecodeLine {
-    int b, head, row0, rows; // rows: of this line, at most kRows
-};
+enum { kSumsFull = 1, kSumsEmpty = 2 }; // named barriers: attenders arrive and folders wait; the other way round
 
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    decode(const __grid_constant__ fa_kvcache_args args, const __grid_constant__ DecodePlan plan) {
+struct DecodeSmem {
+    typename T::Stage stage[T::kStages];
+    typename T::Sums sums;
+    typename T::Queries queries[2]; // of this line and the next
+    Mbarrier queries_empty[2];      // attenders arrive, a lane of each warp; copiers wait
+    Mbarrier full[T::kStages];      // copiers arrive, each thread twice; attenders wait
+    Mbarrier empty[T::kStages];     // attenders arrive, a lane of each warp; copiers wait
+};
+
+// Stages in turn, and the parity of the phase that a wait is for.
+template <int kStages>
+struct StageRing {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// What folders do. A thread has four columns of every kRowStep-th row; warps whose rows are not there have little to do.
+template <typename T>
+__device__ __forceinline__ void fold_turns(const typename T::Sums &sums, const fa_kvcache_args &args,
+                                           const DecodePlan &plan, Cursor<T::kKeys> &turn) {
     using Real = typename T::Real;
-    constexpr int kChunks = T::kChunks, kQuads = T::kDim / 4, kRowStep = T::kThreads / kQuads;
-    static_assert(kChunks * kRowStep == T::kRows, "a thread has four columns of every kRowStep-th row");
-    extern __shared__ __align__(1024) unsigned char shared[];
-    typename T::Smem &smem = *reinterpret_cast<typename T::Smem *>(shared);
-
-    let_dependents_start();
-    Cursor<T::kKeys> turn(args, plan, static_cast<int>(blockIdx.x));
-    Cursor<T::kKeys> ahead = turn; // what is copied next
-    typename T::Copy copy;
-    if (ahead.left > 0) copy.look_up(args, plan, ahead);
-    const auto copy_next = [&](int stage) {
-        if (ahead.left > 0) {
-            copy.issue(smem.stage[stage], args, plan, ahead);
-            ahead.advance(args, plan);
-            if (ahead.left > 0) copy.look_up(args, plan, ahead);
-        }
-        cp_async_commit();
-    };
-    for (int stage = 0; stage < T::kStages - 1; ++stage) copy_next(stage);
-
-    const int own_row = static_cast<int>(threadIdx.x) / kQuads, own_col = static_cast<int>(threadIdx.x) % kQuads * 4;
+    constexpr int kSumThreads = T::kAttenders + T::kFolders;
+    constexpr int kChunks = T::kChunks, kQuads = T::kDim / 4, kRowStep = T::kFolders / kQuads;
+    static_assert(kChunks * kRowStep == T::kRows);
+    const int thread = static_cast<int>(threadIdx.x) - T::kCopiers - T::kAttenders;
+    const int own_row = thread / kQuads, own_col = thread % kQuads * 4;
     Tree<Real, kChunks> tree;
-    T attention;
-    DecodeLine line;
-    int part_begin = 0, slot = 0;
-    bool is_new_line = true;
-    for (int stage = 0; turn.left > 0; stage = stage + 1 == T::kStages ? 0 : stage + 1) {
-        if (is_new_line) {
-            line.b = turn.b, line.head = turn.head(plan), line.row0 = turn.row0(plan, T::kRows);
-            line.rows = min(plan.rows - line.row0, static_cast<int>(T::kRows));
-            attention.load_queries(smem, args, plan, turn, line);
-            part_begin = turn.turn, slot = first_slot(plan, part_begin > turn.turns.first);
-        }
-        cp_async_wait<T::kStages - 2>();
-        __syncthreads(); // keys, values and queries are there, the turn before was read
-        copy_next(stage == 0 ? T::kStages - 1 : stage - 1);
-        if (is_new_line) attention.take_queries(smem, args, plan, turn, line);
+    int slot = 0;
+    for (; turn.left > 0; turn.advance(args, plan)) {
+        const int chunks = (turn.rows(plan, T::kRows) - own_row + kRowStep - 1) / kRowStep; // whose rows are there
+        const bool is_last = turn.left == 1;
         Part<Real> node[kChunks];
-        attention.attend(node, smem, smem.stage[stage], args, plan, turn, line);
+        barrier_wait(kSumsFull, kSumThreads);
+#pragma unroll
+        for (int e = 0; e < kChunks; ++e)
+            if (e < chunks) node[e] = T::part_of(sums, own_row + e * kRowStep, own_col);
+        if (!is_last) barrier_arrive(kSumsEmpty, kSumThreads);
 
+        if (turn.begins_line()) slot = first_slot(plan, turn.part_begin > turn.of.turns.first);
         const auto tell = [&](const Part<Real>(&parts)[kChunks]) {
             const Slot<Real, T::kDim> to(plan, static_cast<int>(blockIdx.x), slot++);
 #pragma unroll
             for (int e = 0; e < kChunks; ++e)
-                if (own_row + e * kRowStep < line.rows) to.store_part(plan, own_row + e * kRowStep, own_col, parts[e]);
+                if (e < chunks) to.store_part(plan, own_row + e * kRowStep, own_col, parts[e]);
         };
-        const bool is_complete = tree.push(node, turn.turn, turn.turn + 1, turn.turns, part_begin, tell);
-        if (is_complete && own_col < args.head_dim_v) {
+        if (tree.push(node, chunks, turn.turn, turn.turn + 1, turn.of.turns, turn.part_begin, tell)) {
+            if (own_col < args.head_dim_v)
 #pragma unroll
-            for (int e = 0; e < kChunks; ++e) {
-                const int row = own_row + e * kRowStep;
-                if (row < line.rows)
-                    store_result(args, tree.state[kLevels - 1][e], line.b, line.head,
-                                 QueryRow(plan, line.head, line.row0 + row), own_col);
-            }
+                for (int e = 0; e < kChunks; ++e)
+                    if (e < chunks)
+                        store_result(args, tree.state[kLevels - 1][e], turn.b, turn.head,
+                                     QueryRow(plan, turn.head, turn.row0(T::kRows) + own_row + e * kRowStep), own_col);
+        } else if (is_last && !turn.ends_line()) {
+            tree.leave(turn.turn + 1, turn.of.turns, turn.part_begin, tell);
         }
-        is_new_line = turn.turn + 1 == turn.turns.last;
-        if (!is_new_line && turn.left == 1) tree.leave(turn.turn + 1, turn.turns, part_begin, tell);
-        turn.advance(args, plan);
     }
-    cp_async_wait<0>(); // no copy outlives its block
+}
+
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
+    decode(const __grid_constant__ fa_kvcache_args args, const __grid_constant__ DecodePlan plan) {
+    constexpr int kSumThreads = T::kAttenders + T::kFolders;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    DecodeSmem<T> &smem = *reinterpret_cast<DecodeSmem<T> *>(shared);
+
+    let_dependents_start();
+    if (threadIdx.x < T::kStages) {
+        smem.full[threadIdx.x].init(2 * T::kCopiers);
+        smem.empty[threadIdx.x].init(T::kAttenders / 32);
+        if (threadIdx.x < 2) smem.queries_empty[threadIdx.x].init(T::kAttenders / 32);
+    }
+    Cursor<T::kKeys> turn(args, plan, static_cast<int>(blockIdx.x));
+    StageRing<T::kStages> ring;
+    __syncthreads(); // the barriers are initialised
+
+    StageRing<2> lines;
+    if (threadIdx.x < T::kCopiers) {
+        typename T::Copier copier;
+        if (turn.left > 0) copier.look_up(args, plan, turn);
+        for (; turn.left > 0; ring.advance()) {
+            smem.empty[ring.stage].wait(ring.parity ^ 1);
+            copier.copy(smem.stage[ring.stage], args, plan, turn);
+            if (turn.begins_line()) {
+                smem.queries_empty[lines.stage].wait(lines.parity ^ 1);
+                copier.load(smem.queries[lines.stage], args, plan, turn);
+                lines.advance();
+            }
+            smem.full[ring.stage].arrive_after_copies();
+            smem.full[ring.stage].arrive();
+            turn.advance(args, plan);
+            if (turn.left > 0) copier.look_up(args, plan, turn);
+        }
+        cp_async_commit();
+        cp_async_wait<0>(); // no copy outlives its block
+    } else if (threadIdx.x < T::kCopiers + T::kAttenders) {
+        typename T::Attender attender;
+        const auto leave = [](Mbarrier &barrier) {
+            __syncwarp(); // all lanes have read
+            if (threadIdx.x % 32 == 0) barrier.arrive();
+        };
+        for (bool is_first = true; turn.left > 0; is_first = false, ring.advance()) {
+            smem.full[ring.stage].wait(ring.parity);
+            if (turn.begins_line()) attender.begin_line(smem.queries[lines.stage], args, plan, turn);
+            attender.attend(smem.stage[ring.stage], smem.queries[lines.stage], args, plan, turn, smem.sums, is_first);
+            leave(smem.empty[ring.stage]);
+            barrier_arrive(kSumsFull, kSumThreads);
+            if (turn.ends_line()) {
+                leave(smem.queries_empty[lines.stage]);
+                lines.advance();
+            }
+            turn.advance(args, plan);
+        }
+    } else {
+        fold_turns<T>(smem.sums, args, plan, turn);
+    }
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------------
 
-// Turns that the longest sequence may have, and lines there are.
+// Turns that the longest sequence may have, and lines of all sequences.
 template <typename T>
 static int64_t most_turns(const fa_kvcache_args *args) {
     return fa_max(fa_ceil_div(args->max_pages * args->page_size, T::kKeys), 1);
 }
+template <typename T>
+static int64_t lines_of(const fa_kvcache_args *args) {
+    return args->heads_kv * fa_ceil_div(args->heads_q / args->heads_kv * args->seqlen_q, T::kRows) * args->batch;
+}
 
 template <typename T>
 static DecodePlan decode_plan(const fa_kvcache_args *args) {
-    constexpr int64_t kMostNodes = 480; // of 16 turns that a part tells of: they fit decode_merge's list
+    constexpr int64_t kMostNodes = kMergeList - 32; // of 16 turns that a part tells of: they fit decode_merge's list
     const int64_t group = args->heads_q / args->heads_kv, rows = group * args->seqlen_q;
-    const int64_t m_blocks = fa_ceil_div(rows, T::kRows), lines = args->heads_kv * m_blocks * args->batch;
-    const int64_t turns = most_turns<T>(args);
+    const int64_t m_blocks = fa_ceil_div(rows, T::kRows), lines = lines_of<T>(args), turns = most_turns<T>(args);
     int device = 0, processors = 1;
     if (cudaGetDevice(&device) == cudaSuccess)
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -115,15 +173,12 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
                                               : fa_min(fa_ceil_div(lines * turns, fa_max(blocks, 1)) + 16, turns);
     const int64_t slots = most_in_part / 16 + 2 * 3 + 2 + kLevels;
     const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
-    return {divisor(args->page_size),
-            divisor(group),
-            divisor(m_blocks),
-            static_cast<int>(rows),
-            static_cast<int>(args->heads_kv * m_blocks),
-            static_cast<int>(blocks),
-            static_cast<int>(parts_a_line),
-            static_cast<int>(slots),
-            static_cast<int>(fa_min(rows, T::kRows)),
+    return {divisor(args->page_size), divisor(group),
+            divisor(m_blocks),        divisor(blocks),
+            static_cast<int>(rows),   static_cast<int>(args->heads_kv * m_blocks),
+            static_cast<int>(blocks), static_cast<int>(parts_a_line),
+            static_cast<int>(slots),  static_cast<int>(fa_min(rows, T::kRows)),
+            args->softcap > 0 || args->alibi_slopes.data || args->tree_mask,
             args->workspace};
 }
 
@@ -135,15 +190,19 @@ static size_t decode_bytes(const fa_kvcache_args *args) {
 
 template <typename T>
 static bool decode_fits() {
-    return fa_allow_shared(reinterpret_cast<const void *>(decode<T>), sizeof(typename T::Smem));
+    return fa_allow_shared(reinterpret_cast<const void *>(decode<T>), sizeof(DecodeSmem<T>));
 }
 
 template <typename T>
 static fa_status launch_decode(const fa_kvcache_args *args) {
     using Real = typename T::Real;
+    FA_REQUIRE(lines_of<T>(args) * most_turns<T>(args) <= INT32_MAX, FA_ERROR_UNSUPPORTED,
+               "decode: %lld times %lld keys that %d rows share: more than 2^31 times %d",
+               static_cast<long long>(lines_of<T>(args)), static_cast<long long>(most_turns<T>(args) * T::kKeys),
+               T::kRows, T::kKeys);
     const DecodePlan plan = decode_plan<T>(args);
     const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
-    FA_CHECK(fa_launch("decode", decode<T>, plan.blocks, T::kThreads, sizeof(typename T::Smem), stream, *args, plan));
+    FA_CHECK(fa_launch("decode", decode<T>, plan.blocks, T::kThreads, sizeof(DecodeSmem<T>), stream, *args, plan));
     if (plan.blocks <= 1 || plan.parts_a_line == 1) return FA_OK; // no line is shared
     const int64_t cuts = plan.parts_a_line ? plan.blocks / plan.parts_a_line : plan.blocks - 1;
     const int64_t row_blocks = fa_ceil_div(plan.slot_rows * (T::kDim / 4), kMergeThreads);

@@ -7,7 +7,7 @@
 #include "cuda/decode_rows.cuh"
 #include "cuda/ptx/dependent.cuh"
 
-enum { kMergeThreads = 128, kMergeList = 512, kMergeAtOnce = 8 };
+enum { kMergeThreads = 128, kMergeList = 256, kMergeAtOnce = 4 };
 
 struct MergeItem {
     int block, slot;
@@ -15,15 +15,16 @@ struct MergeItem {
 };
 
 template <typename Real, int kDim, int kKeys, int kRows>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 5)
     decode_merge(const __grid_constant__ fa_kvcache_args args, const __grid_constant__ DecodePlan plan) {
     __shared__ MergeItem list[kMergeList];
     __shared__ int counts[2]; // of items in the list; the block to go on with
 
     const Partition<kKeys> partition(args, plan);
-    Line line;
-    const int part = plan.parts_a_line ? static_cast<int>(blockIdx.x) * plan.parts_a_line : static_cast<int>(blockIdx.x) + 1;
-    if (!partition.line_of_part(part, line)) return;
+    const int part =
+        plan.parts_a_line ? static_cast<int>(blockIdx.x) * plan.parts_a_line : static_cast<int>(blockIdx.x) + 1;
+    if (partition.is_empty()) return;
+    const Line<kKeys> line = partition.line_of(part);
     const auto cut = [&](int i) { return partition.cut(i, line); };
     if (plan.parts_a_line == 0) { // the first cut within the line?
         const int at = cut(part);
@@ -58,8 +59,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                 int nth = used + before - count;
                 int slot = first_slot(plan, begin > line.turns.first);
                 if (fits && !is_whole)
-                    for (int at = begin; at < end; at = list[nth++].record.end)
-                        list[nth] = {i, slot++, records.at(at)};
+                    for (int at = begin; at < end; at = list[nth++].record.end) list[nth] = {i, slot++, records.at(at)};
                 const int fitting = __popc(__ballot_sync(~0u, fits));
                 if (fitting > 0) used += __shfl_sync(~0u, before, fitting - 1);
                 block += fitting;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                 if (n0 + n < used) {
                     const Record record = list[n0 + n].record;
                     const auto push = [&](auto level) {
-                        tree.template push<level.value>(parts[n], record.begin, record.end, line.turns,
+                        tree.template push<level.value>(parts[n], 1, record.begin, record.end, line.turns,
                                                         line.turns.first, [](const auto &) {});
                     };
                     if (record.level == 0) push(std::integral_constant<int, 0>());

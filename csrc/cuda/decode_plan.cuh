@@ -15,13 +15,14 @@
 
 // Made by the host from what it knows: shapes.
 struct DecodePlan {
-    Divisor page_size, group, m_blocks;
-    int rows;              // that share a key/value head
-    int lines;             // of a sequence: heads_kv m_blocks
-    int blocks;            // parts
-    int parts_a_line;      // num_splits; 0: the parts are equal
-    int slots, slot_rows;  // places for partial results a block has, and the rows of each
-    void *partial;         // [blocks][slots] of PartialRow rows
+    Divisor page_size, group, m_blocks, blocks_divisor;
+    int rows;             // that share a key/value head
+    int lines;            // of a sequence: heads_kv m_blocks
+    int blocks;           // parts
+    int parts_a_line;     // num_splits; 0: the parts are equal
+    int slots, slot_rows; // places for partial results a block has, and the rows of each
+    bool is_modified;     // scores by softcap, slopes or tree_mask
+    void *partial;        // [blocks][slots] of PartialRow rows
 };
 
 // A line's turns [first, last), counted from key 0.
@@ -29,154 +30,159 @@ struct Turns {
     int first, last;
 };
 
+// What the lines of a sequence share.
 template <int kKeys>
-__device__ __forceinline__ Turns turns_of(const fa_kvcache_args &args, const fa_cached_sequence &seq) {
-    const int lo = static_cast<int>(fa_cached_keys(&args, &seq, 0).lo), len_k = static_cast<int>(seq.len_k);
-    const int first = lo / kKeys;
-    return {first, max((len_k + kKeys - 1) / kKeys, first + 1)}; // at least one, which writes o
-}
-
-// One line, and where its turns stand among those of all lines.
-struct Line {
-    int b, line; // line: of sequence b
-    int64_t start;
+struct Sequence {
+    fa_cached_sequence seq;
+    int lo; // the first key that a row sees
     Turns turns;
+
+    __device__ __forceinline__ void read(const fa_kvcache_args &args, int b) {
+        seq = fa_cached_sequence_at(&args, b);
+        lo = static_cast<int>(fa_cached_keys(&args, &seq, 0).lo);
+        turns.first = lo / kKeys;
+        turns.last = max((seq.len_k + kKeys - 1) / kKeys, turns.first + 1); // at least one, which writes o
+    }
+    __device__ __forceinline__ int length() const { return turns.last - turns.first; }
 };
 
-// How the turns are cut. Every warp makes one for itself.
+// A line, and where its turns stand among those of all lines.
+template <int kKeys>
+struct Line {
+    int b, line; // line: of sequence b
+    int start;
+    Turns turns;
+
+    __device__ __forceinline__ int length() const { return turns.last - turns.first; }
+};
+
+// How the turns are cut. Every warp makes one for itself, once, and what happens once is to be little code: it is read from
+// memory, like the keys.
 template <int kKeys>
 class Partition {
     const fa_kvcache_args &args;
     const DecodePlan &plan;
-    int64_t total;
+    int total, each, rest; // turns; a part's, and how many parts have one more
     int quantum; // a cut within a line is at a multiple of it, so that parts end where sums of 4 or 16 turns do
 
-    __device__ Turns turns_at(int64_t b) const {
-        const fa_cached_sequence seq = fa_cached_sequence_at(&args, b);
-        return turns_of<kKeys>(args, seq);
-    }
     // The turns of sequences [b0, b0 + 32), a sequence a lane.
-    __device__ int64_t turns_of_lane(int64_t b0) const {
-        const int64_t b = b0 + threadIdx.x % 32;
+    __device__ __forceinline__ int turns_of_lane(int b0) const {
+        const int b = b0 + static_cast<int>(threadIdx.x % 32);
         if (b >= args.batch) return 0;
-        const Turns turns = turns_at(b);
-        return static_cast<int64_t>(turns.last - turns.first) * plan.lines;
+        Sequence<kKeys> of;
+        of.read(args, b);
+        return of.length() * plan.lines;
     }
-    __device__ int64_t uncut(int i) const { return total * i / plan.blocks; }
+    __device__ __forceinline__ int uncut(int i) const { return i * each + min(i, rest); }
 
 public:
-    __device__ Partition(const fa_kvcache_args &args_, const DecodePlan &plan_) : args(args_), plan(plan_), total(0) {
+    __device__ __forceinline__ Partition(const fa_kvcache_args &args_, const DecodePlan &plan_)
+        : args(args_), plan(plan_), total(0), each(0), rest(0), quantum(1) {
         if (plan.parts_a_line) return;
-        for (int64_t b0 = 0; b0 < args.batch; b0 += 32) total += turns_of_lane(b0);
+#pragma unroll 1
+        for (int b0 = 0; b0 < args.batch; b0 += 32) total += turns_of_lane(b0);
+#pragma unroll
         for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-        quantum = 2 * total > 25 * static_cast<int64_t>(plan.blocks) ? 16 : 2 * total > 5 * static_cast<int64_t>(plan.blocks) ? 4 : 1;
+        each = plan.blocks_divisor.quotient(total), rest = total - each * plan.blocks;
+        quantum = each >= 12 ? 16 : each > 2 || (each == 2 && 2 * rest > plan.blocks) ? 4 : 1;
     }
 
-    // The line that a turn belongs to, 0 <= turn < total.
-    __device__ Line line_of(int64_t turn) const {
-        Line line = {0, 0, 0, {0, 0}};
-        if (args.batch > 1) {
-            for (int64_t b0 = 0;; b0 += 32) {
-                const int64_t own = turns_of_lane(b0);
-                int64_t end = own;
+    // The line in which part i begins, or at whose end; of part `blocks`, the last one.
+    __device__ __forceinline__ Line<kKeys> line_of(int i) const {
+        Line<kKeys> line = {0, 0, 0, {0, 0}};
+        const int turn = min(uncut(i), total - 1);
+        if (plan.parts_a_line) {
+            const int nth = min(i / plan.parts_a_line, plan.lines * static_cast<int>(args.batch) - 1);
+            line.b = nth / plan.lines, line.line = nth % plan.lines;
+        } else if (args.batch > 1) {
+#pragma unroll 1
+            for (int b0 = 0;; b0 += 32) {
+                const int own = turns_of_lane(b0);
+                int end = own;
+#pragma unroll
                 for (int step = 1; step < 32; step *= 2) {
-                    const int64_t before = __shfl_up_sync(~0u, end, step);
+                    const int before = __shfl_up_sync(~0u, end, step);
                     if (static_cast<int>(threadIdx.x % 32) >= step) end += before;
                 }
                 const unsigned behind = __ballot_sync(~0u, line.start + end > turn);
                 const int lane = behind ? __ffs(static_cast<int>(behind)) - 1 : 31;
                 line.start += __shfl_sync(~0u, behind ? end - own : end, lane);
-                if (behind) {
-                    line.b = static_cast<int>(b0) + lane;
-                    break;
-                }
+                line.b = b0 + lane;
+                if (behind) break;
             }
         }
-        line.turns = turns_at(line.b);
-        const int length = line.turns.last - line.turns.first;
-        line.line = static_cast<int>((turn - line.start) / length);
-        line.start += static_cast<int64_t>(line.line) * length;
+        Sequence<kKeys> of;
+        of.read(args, line.b);
+        line.turns = of.turns;
+        if (plan.parts_a_line) return line;
+        line.line = (turn - line.start) / line.length();
+        line.start += line.line * line.length();
         return line;
     }
 
     // Where part i begins if that is within the line: a turn of it, first to last.
-    __device__ int cut(int i, const Line &line) const {
-        const int length = line.turns.last - line.turns.first;
+    __device__ __forceinline__ int cut(int i, const Line<kKeys> &line) const {
+        int turns = i >= plan.blocks ? line.length() : uncut(i) - line.start;
         if (plan.parts_a_line) {
             const int nth = i - (line.b * plan.lines + line.line) * plan.parts_a_line;
-            return line.turns.first +
-                   static_cast<int>(static_cast<int64_t>(length) * fa_clamp(nth, 0, plan.parts_a_line) / plan.parts_a_line);
+            turns = static_cast<int>(static_cast<int64_t>(line.length()) * min(max(nth, 0), plan.parts_a_line) /
+                                     plan.parts_a_line);
         }
-        if (i >= plan.blocks) return line.turns.last;
-        const int64_t at = line.turns.first + fa_clamp(uncut(i) - line.start, 0, length);
-        if (uncut(i) < line.start) return line.turns.first;
-        if (uncut(i) >= line.start + length) return line.turns.last;
-        return static_cast<int>(fa_clamp((at + quantum / 2) / quantum * quantum, line.turns.first, line.turns.last));
+        if (turns <= 0) return line.turns.first;
+        if (turns >= line.length()) return line.turns.last;
+        const int at = (line.turns.first + turns + quantum / 2) & -quantum;
+        return min(max(at, line.turns.first), line.turns.last);
     }
-
-    // The line in which part i begins; false: there is none.
-    __device__ bool line_of_part(int i, Line &line) const {
-        if (plan.parts_a_line) {
-            const int nth = i / plan.parts_a_line;
-            line.b = nth / plan.lines, line.line = nth % plan.lines, line.start = 0;
-            line.turns = turns_at(line.b);
-            return true;
-        }
-        if (i >= plan.blocks || total == 0) return false;
-        line = line_of(uncut(i));
-        return true;
-    }
-
-    // The turns of part i, from `line`, in which it begins (or at whose end), on.
-    __device__ int64_t length(int i, const Line &line, int begin) const {
-        if (plan.parts_a_line) return cut(i + 1, line) - begin;
-        int64_t end = total;
-        if (i + 1 < plan.blocks) {
-            const Line last = line_of(uncut(i + 1));
-            end = last.start + cut(i + 1, last) - last.turns.first;
-        }
-        return end - (line.start + begin - line.turns.first);
-    }
+    __device__ __forceinline__ bool is_empty() const { return plan.parts_a_line == 0 && total == 0; }
 };
 
-// A block's way through its part.
+// A worker's way through its block's part.
 template <int kKeys>
 struct Cursor {
-    int b, line; // of the sequence
-    fa_cached_sequence seq;
-    Turns turns;
-    int turn;
-    int64_t left; // turns of the part, this one included
+    Sequence<kKeys> of;
+    int b, head, m_block;
+    int turn, part_begin; // part_begin: of the line's turns in this part
+    int left;             // turns of the part, this one included
 
-    __device__ Cursor(const fa_kvcache_args &args, const DecodePlan &plan, int part) {
+    __device__ __forceinline__ Cursor(const fa_kvcache_args &args, const DecodePlan &plan, int part) {
         const Partition<kKeys> partition(args, plan);
-        Line at;
+        int line = 0;
         left = 0;
-        if (!partition.line_of_part(part, at)) return;
-        b = at.b, line = at.line, turns = at.turns, turn = partition.cut(part, at);
-        left = partition.length(part, at, turn);
-        if (left == 0) return;
-        seq = fa_cached_sequence_at(&args, b);
-        if (turn == turns.last) next_line(args, plan);
-    }
-    __device__ __forceinline__ void next_line(const fa_kvcache_args &args, const DecodePlan &plan) {
-        if (++line == plan.lines) {
-            line = 0, ++b;
-            seq = fa_cached_sequence_at(&args, b);
-            turns = turns_of<kKeys>(args, seq);
+        if (partition.is_empty()) return;
+#pragma unroll 1
+        for (int n = 1; n >= 0; --n) { // where the next part begins, then this one
+            const Line<kKeys> at = partition.line_of(plan.parts_a_line ? part : part + n);
+            const int cut = partition.cut(part + n, at);
+            const int global = at.start + cut - at.turns.first;
+            left = n ? global : left - global;
+            b = at.b, line = at.line, turn = cut;
         }
-        turn = turns.first;
+        if (left <= 0) return;
+        of.read(args, b);
+        head = plan.m_blocks.quotient(line), m_block = line - head * static_cast<int>(plan.m_blocks.value);
+        part_begin = turn;
+        if (turn == of.turns.last) next_line(args, plan);
     }
+    __device__ __forceinline__ bool begins_line() const { return turn == part_begin; } // in this block
+    __device__ __forceinline__ bool ends_line() const { return turn + 1 == of.turns.last; }
     __device__ __forceinline__ void advance(const fa_kvcache_args &args, const DecodePlan &plan) {
         --left;
-        if (++turn == turns.last && left > 0) next_line(args, plan);
+        if (++turn == of.turns.last && left > 0) next_line(args, plan);
     }
-    __device__ __forceinline__ int head(const DecodePlan &plan) const { return plan.m_blocks.quotient(line); }
-    __device__ __forceinline__ int row0(const DecodePlan &plan, int line_rows) const { // among those of the head
-        return (line - head(plan) * static_cast<int>(plan.m_blocks.value)) * line_rows;
+    // The line's rows, among those of the head.
+    __device__ __forceinline__ int row0(int line_rows) const { return m_block * line_rows; }
+    __device__ __forceinline__ int rows(const DecodePlan &plan, int line_rows) const {
+        return min(plan.rows - row0(line_rows), line_rows);
     }
-    __device__ __forceinline__ int end() const { // of the part, in this line
-        return static_cast<int>(fa_min(turns.last, turn + left));
+
+private:
+    __device__ __forceinline__ void next_line(const fa_kvcache_args &args, const DecodePlan &plan) {
+        if (++m_block == static_cast<int>(plan.m_blocks.value)) m_block = 0, ++head;
+        if (head == args.heads_kv) {
+            head = 0, ++b;
+            of.read(args, b);
+        }
+        turn = part_begin = of.turns.first;
     }
 };
 

@@ -72,12 +72,14 @@ __device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<R
     const int64_t at = fa_row_offset(&args.o, b, row.h, row.i) + col;
     const int width = static_cast<int>(args.head_dim_v);
     if (args.lse.data && col == 0)
-        store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32, fa_row_offset(&args.lse, b, row.h, row.i),
+        store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32,
+              fa_row_offset(&args.lse, b, row.h, row.i),
               part.sum == 0 ? -infinity(Real()) : (part.max + log2_of(part.sum)) * kLn2);
     char *to = static_cast<char *>(args.o.data) + at * fa_dtype_bytes(args.dtype);
     if (fa_dtype_bytes(args.dtype) == 2 && col + 4 <= width && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-        *reinterpret_cast<uint2 *>(to) = make_uint2(pack(float(part.o[0] * scale), float(part.o[1] * scale), args.dtype),
-                                                    pack(float(part.o[2] * scale), float(part.o[3] * scale), args.dtype));
+        *reinterpret_cast<uint2 *>(to) =
+            make_uint2(pack(float(part.o[0] * scale), float(part.o[1] * scale), args.dtype),
+                       pack(float(part.o[2] * scale), float(part.o[3] * scale), args.dtype));
         return;
     }
 #pragma unroll

@@ -26,7 +26,8 @@ static auto by_dtype(const fa_kvcache_args *args, const F &f) {
     const bool is_float8 = args->cache_dtype == FA_FLOAT8_E4M3;
     if (args->dtype == FA_FLOAT16)
         return is_float8 ? by_head_dim<__half, uint8_t>(args, f) : by_head_dim<__half, __half>(args, f);
-    return is_float8 ? by_head_dim<__nv_bfloat16, uint8_t>(args, f) : by_head_dim<__nv_bfloat16, __nv_bfloat16>(args, f);
+    return is_float8 ? by_head_dim<__nv_bfloat16, uint8_t>(args, f)
+                     : by_head_dim<__nv_bfloat16, __nv_bfloat16>(args, f);
 }
 
 // The kernels are described by their types alone: no object of them exists on the host.

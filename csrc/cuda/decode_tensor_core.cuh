@@ -14,7 +14,6 @@
 #include "cuda/decode.cuh"
 #include "cuda/mma_tile.cuh"
 
-// kStages: what shared memory holds of 64 or 32 turns.
 template <typename Element_, typename Cache_, int kDim_, int kStages_>
 struct TensorCoreDecode {
     using Element = Element_;
@@ -22,25 +21,26 @@ struct TensorCoreDecode {
     using Real = float;
     using M = Mma<Element>;
     static constexpr bool kIsFloat8 = sizeof(Cache) == 1;
-    static constexpr int kDim = kDim_, kStages = kStages_, kRows = 16;
-    static constexpr int kKeys = kDim > 128 ? 32 : 64, kThreads = kDim > 64 ? 256 : 128;
-    static constexpr int kKeyWarps = kKeys / 16, kSlice = kDim / (kThreads / 32 / kKeyWarps); // columns of O a warp makes
-    static constexpr int kChunks = kRows * kDim / 4 / kThreads;
+    static constexpr int kDim = kDim_, kStages = kStages_, kRows = 16, kKeys = kDim > 128 ? 32 : 64;
+    static constexpr int kCopiers = 128, kAttenders = 128, kFolders = kDim > 64 ? 256 : 128; // threads
+    static constexpr int kThreads = kCopiers + kAttenders + kFolders;
+    static constexpr int kRegisters = 53 * 1024 / kThreads / 8 * 8; // a thread's: decode_merge's blocks fit beside
+    static constexpr int kKeyWarps = kKeys / 16, kSlice = kDim / (kAttenders / 32 / kKeyWarps); // columns a warp makes
+    static constexpr int kChunks = kRows * kDim / 4 / kFolders;
 
     struct Stage {
         SwizzledTile<Cache, kKeys, kDim> k, v;
     };
-    struct Smem {
-        Stage stage[kStages];
-        SwizzledTile<Element, kRows, kDim> q;
-        alignas(16) float sums[kKeyWarps][kRows][kDim + 8]; // rows apart from each other's banks
-        float2 of_row[kKeyWarps][kRows];                    // m, l
+    using Queries = SwizzledTile<Element, kRows, kDim>;
+    struct Sums {
+        alignas(16) float o[kKeyWarps][kRows][kDim + 8]; // rows apart from each other's banks
+        float2 of_row[kKeyWarps][kRows];                 // m, l
     };
 
     // A thread copies one column of 16 bytes of every kRowsAtOnce-th key.
-    struct Copy {
+    struct Copier {
         using Tile = SwizzledTile<Cache, kKeys, kDim>;
-        static constexpr int kRowsAtOnce = kThreads / Tile::kColumns, kCopies = kKeys / kRowsAtOnce;
+        static constexpr int kRowsAtOnce = kCopiers / Tile::kColumns, kCopies = kKeys / kRowsAtOnce;
         int page[kCopies];
 
         __device__ __forceinline__ int row() const { return static_cast<int>(threadIdx.x) / Tile::kColumns; }
@@ -53,15 +53,14 @@ struct TensorCoreDecode {
 #pragma unroll
             for (int n = 0; n < kCopies; ++n) {
                 const int token = turn.turn * kKeys + row() + n * kRowsAtOnce;
-                page[n] = table && token < turn.seq.len_k ? table[plan.page_size.quotient(token)] : turn.b;
+                page[n] = table && token < turn.of.seq.len_k ? table[plan.page_size.quotient(token)] : turn.b;
             }
         }
 
-        __device__ __forceinline__ void issue(Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
-                                              const Cursor<kKeys> &turn) const {
-            const int head = turn.head(plan), token0 = turn.turn * kKeys + row();
-            const int lo = static_cast<int>(fa_cached_keys(&args, &turn.seq, 0).lo);
-            const int old_end = static_cast<int>(args.k.data ? fa_min(turn.seq.start, turn.seq.len_k) : turn.seq.len_k);
+        __device__ __forceinline__ void copy(Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
+                                             const Cursor<kKeys> &turn) const {
+            const int token0 = turn.turn * kKeys + row();
+            const int old_end = args.k.data ? min(turn.of.seq.start, turn.of.seq.len_k) : turn.of.seq.len_k;
             const bool in_k = column() * Tile::kPerColumn < args.head_dim;
             const bool in_v = column() * Tile::kPerColumn < args.head_dim_v;
             const char *k = static_cast<const char *>(args.k_cache.data) + column() * 16;
@@ -71,11 +70,11 @@ struct TensorCoreDecode {
 #pragma unroll
             for (int n = 0; n < kCopies; ++n) {
                 const int token = token0 + n * kRowsAtOnce, nth = plan.page_size.quotient(token);
-                is_old[n] = token >= lo && token < old_end && page[n] >= 0 && page[n] < args.pages;
+                is_old[n] = token >= turn.of.lo && token < old_end && page[n] >= 0 && page[n] < args.pages;
                 at[n] = token - nth * static_cast<int>(plan.page_size.value);
             }
             const auto copy_tile = [&](Tile &tile, const fa_tensor &cache, const char *from, bool in_row) {
-                from += head * cache.stride_h * static_cast<int64_t>(sizeof(Cache));
+                from += turn.head * cache.stride_h * static_cast<int64_t>(sizeof(Cache));
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n) {
                     const int64_t offset = page[n] * cache.stride_b + at[n] * cache.stride_l;
@@ -85,259 +84,287 @@ struct TensorCoreDecode {
             };
             copy_tile(stage.k, args.k_cache, k, in_k);
             copy_tile(stage.v, args.v_cache, v, in_v);
-            if (args.k.data && (turn.turn + 1) * kKeys > turn.seq.start) add_new_tokens(stage, args, turn, head, token0, plan);
+            if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new_tokens(&stage, &args, turn);
         }
 
-        // The new tokens of a turn, from k and v; the block that has their first rows stores them in the cache, too.
-        __device__ __noinline__ void add_new_tokens(Stage &stage, const fa_kvcache_args &args, const Cursor<kKeys> &turn,
-                                                    int head, int token0, const DecodePlan &plan) const {
-            const bool stores = turn.row0(plan, kRows) == 0;
-            for (int n = 0; n < kCopies; ++n) {
-                const int token = token0 + n * kRowsAtOnce;
-                if (token < turn.seq.start || token >= turn.seq.len_k) continue;
-                const int64_t i = token - turn.seq.start, col = column() * Tile::kPerColumn;
-                const bool has_page = page[n] >= 0 && page[n] < args.pages;
-                const auto add = [&](Tile &tile, const fa_tensor &from, const fa_tensor &cache, int64_t width,
-                                     bool rotates, const fa_per_head &descale) {
-                    float x[Tile::kPerColumn];
-                    load_rotated(x, args, from, fa_row_offset(&from, turn.b, head, i), static_cast<int>(col),
-                                 static_cast<int>(width), rotates, token);
-                    const float scale = descale_of(descale, turn.b, head);
-                    Cache *to = reinterpret_cast<Cache *>(tile.at(row() + n * kRowsAtOnce, column()));
-                    const int64_t at = fa_row_offset(&cache, page[n], head, token % args.page_size) + col;
-                    for (int c = 0; c < Tile::kPerColumn; ++c) {
-                        store_cached<float>(to, args.cache_dtype, c, descale.data ? x[c] / scale : x[c]);
-                        if (stores && has_page && col + c < width)
-                            static_cast<Cache *>(cache.data)[at + c] = to[c];
+        // The new tokens of a turn, from k and v; the block that has their first rows stores them in the cache, too. Not
+        // inlined, and by value: what is rare takes no register from what is not.
+        static __device__ __noinline__ void add_new_tokens(Stage *stage, const fa_kvcache_args *args,
+                                                           const Cursor<kKeys> turn) {
+            const int row = static_cast<int>(threadIdx.x) / Tile::kColumns;
+            const int column = static_cast<int>(threadIdx.x) % Tile::kColumns, col = column * Tile::kPerColumn;
+            const auto add = [&](Tile &tile, int r, int token, const fa_tensor &from, const fa_tensor &cache,
+                                 int64_t width, bool rotates, const fa_per_head &descale) {
+                float x[Tile::kPerColumn];
+                load_rotated(x, *args, from, fa_row_offset(&from, turn.b, turn.head, token - turn.of.seq.start), col,
+                             static_cast<int>(width), rotates, token);
+                const float scale = descale_of(descale, turn.b, turn.head);
+                Cache *to = reinterpret_cast<Cache *>(tile.at(r, column));
+                const int64_t page = fa_page_of(args, turn.b, token);
+                const int64_t at = fa_cache_offset(args, &cache, page, turn.head, token) + col;
+#pragma unroll 1
+                for (int c = 0; c < Tile::kPerColumn; ++c) {
+                    store_cached<float>(to, args->cache_dtype, c, descale.data ? x[c] / scale : x[c]);
+                    if (turn.m_block == 0 && page >= 0 && col + c < width)
+                        static_cast<Cache *>(cache.data)[at + c] = to[c];
+                }
+            };
+#pragma unroll 1
+            for (int r = row; r < kKeys; r += kRowsAtOnce) {
+                const int token = turn.turn * kKeys + r;
+                if (token < turn.of.seq.start || token >= turn.of.seq.len_k) continue;
+                add(stage->k, r, token, args->k, args->k_cache, args->head_dim, true, args->k_descale);
+                add(stage->v, r, token, args->v, args->v_cache, args->head_dim_v, false, args->v_descale);
+            }
+        }
+
+        // The rows of a line, rotated.
+        __device__ __forceinline__ void load(Queries &queries, const fa_kvcache_args &args, const DecodePlan &plan,
+                                             const Cursor<kKeys> &turn) const {
+            constexpr int kColumns = kDim / 8;
+#pragma unroll 1
+            for (int n = static_cast<int>(threadIdx.x); n < kRows * kColumns; n += kCopiers) {
+                const int row = n / kColumns, column = n % kColumns;
+                uint4 words = make_uint4(0, 0, 0, 0);
+                if (row < turn.rows(plan, kRows) && column * 8 < args.head_dim) {
+                    const QueryRow of(plan, turn.head, turn.row0(kRows) + row);
+                    const int64_t at = fa_row_offset(&args.q, turn.b, of.h, of.i);
+                    if (args.rotary.cos) {
+                        float x[8];
+                        load_rotated(x, args, args.q, at, column * 8, static_cast<int>(args.head_dim), true,
+                                     turn.of.seq.start + of.i);
+                        words = make_uint4(M::round_pair(x[0], x[1]), M::round_pair(x[2], x[3]),
+                                           M::round_pair(x[4], x[5]), M::round_pair(x[6], x[7]));
+                    } else {
+                        words = *reinterpret_cast<const uint4 *>(static_cast<const Element *>(args.q.data) + at +
+                                                                 column * 8);
                     }
-                };
-                add(stage.k, args.k, args.k_cache, args.head_dim, true, args.k_descale);
-                add(stage.v, args.v, args.v_cache, args.head_dim_v, false, args.v_descale);
+                }
+                *reinterpret_cast<uint4 *>(queries.at(row, column)) = words;
             }
         }
     };
 
-    // Of this lane's rows g and g + 8: keys that they see, the query they are.
-    int lo[2], hi[2], query[2];
-    float slope[2], scale;
-    typename M::A q[kDim <= 128 ? kDim / 16 : 1];
+    struct Attender {
+        // Of this lane's rows g and g + 8: keys that they see, the query they are.
+        int lo[2], hi[2], query[2], rows;
+        float slope[2], unit; // unit: what a product is times in scores
+        typename M::A q[kDim <= 128 ? kDim / 16 : 1];
 
-    __device__ __forceinline__ void load_queries(Smem &smem, const fa_kvcache_args &args, const DecodePlan &plan,
-                                                 const Cursor<kKeys> &turn, const DecodeLine &line) {
-        constexpr int kColumns = kDim / 8;
-        for (int n = static_cast<int>(threadIdx.x); n < kRows * kColumns; n += kThreads) {
-            const int row = n / kColumns, column = n % kColumns;
-            uint4 words = make_uint4(0, 0, 0, 0);
-            if (row < line.rows && column * 8 < args.head_dim) {
-                const QueryRow of(plan, line.head, line.row0 + row);
-                const int64_t at = fa_row_offset(&args.q, line.b, of.h, of.i);
-                if (args.rotary.cos) {
-                    float x[8];
-                    load_rotated(x, args, args.q, at, column * 8, static_cast<int>(args.head_dim), true,
-                                 turn.seq.start + of.i);
-                    words = make_uint4(M::round_pair(x[0], x[1]), M::round_pair(x[2], x[3]), M::round_pair(x[4], x[5]),
-                                       M::round_pair(x[6], x[7]));
-                } else {
-                    words = *reinterpret_cast<const uint4 *>(static_cast<const Element *>(args.q.data) + at + column * 8);
-                }
-            }
-            *reinterpret_cast<uint4 *>(smem.q.at(row, column)) = words;
-        }
-    }
-
-    __device__ __forceinline__ void take_queries(Smem &smem, const fa_kvcache_args &args, const DecodePlan &plan,
-                                                 const Cursor<kKeys> &turn, const DecodeLine &line) {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            const QueryRow of(plan, line.head, line.row0 + min(row, line.rows - 1));
-            const fa_interval keys = fa_cached_keys(&args, &turn.seq, of.i);
-            lo[half] = static_cast<int>(keys.lo), hi[half] = row < line.rows ? static_cast<int>(keys.hi) : 0;
-            query[half] = of.i;
-            slope[half] = args.alibi_slopes.data ? load_per_head<float>(args.alibi_slopes, line.b, of.h) : 0.0f;
-        }
-        scale = static_cast<float>(args.softmax_scale) * descale_of(args.k_descale, line.b, line.head);
-        if constexpr (kDim <= 128)
-#pragma unroll
-            for (int d = 0; d < kDim / 16; ++d) load_q(q[d], smem, d);
-    }
-
-    // 16 columns of Q; with float8, those of step d of the order above.
-    __device__ __forceinline__ void load_q(typename M::A &a, Smem &smem, int d) const {
-        if constexpr (kIsFloat8) {
-            const int lane = threadIdx.x % 32, column = d / 2 * 32 + lane % 4 * 8 + d % 2 * 4;
+        __device__ __forceinline__ void begin_line(Queries &queries, const fa_kvcache_args &args,
+                                                   const DecodePlan &plan, const Cursor<kKeys> &turn) {
+            rows = turn.rows(plan, kRows);
+            const int lane = threadIdx.x % 32;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint2 words =
-                    load_shared_2(shared_address(smem.q.at(lane / 4 + 8 * half, column / 8)) + column % 8 * 2);
-                a.x[half] = words.x, a.x[half + 2] = words.y;
+                const int row = lane / 4 + 8 * half;
+                const QueryRow of(plan, turn.head, turn.row0(kRows) + min(row, rows - 1));
+                const fa_interval keys = fa_cached_keys(&args, &turn.of.seq, of.i);
+                lo[half] = static_cast<int>(keys.lo), hi[half] = row < rows ? static_cast<int>(keys.hi) : 0;
+                query[half] = of.i;
+                slope[half] = args.alibi_slopes.data ? load_per_head<float>(args.alibi_slopes, turn.b, of.h) : 0.0f;
             }
-        } else {
-            M::load_a(a, M::place_a(smem.q), 0, d * 16);
+            unit = static_cast<float>(args.softmax_scale) * descale_of(args.k_descale, turn.b, turn.head);
+            if (!plan.is_modified) unit *= kLog2E;
+            if constexpr (kDim <= 128)
+#pragma unroll
+                for (int d = 0; d < kDim / 16; ++d) load_q(q[d], queries, d);
         }
-    }
 
-    // Two e4m3 of a word's lower half as two Elements.
-    static __device__ __forceinline__ uint32_t convert(uint32_t pair) {
-        const __half2 halves(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
-        if constexpr (kDtype<Element> == FA_FLOAT16) return reinterpret_cast<const uint32_t &>(halves);
-        const float2 x = __half22float2(halves);
-        return M::round_pair(x.x, x.y);
-    }
+        __device__ __forceinline__ void attend(Stage &stage, Queries &queries, const fa_kvcache_args &args,
+                                               const DecodePlan &plan, const Cursor<kKeys> &turn, Sums &sums,
+                                               bool sums_are_read) const {
+            const int warp = (static_cast<int>(threadIdx.x) - kCopiers) / 32, lane = threadIdx.x % 32;
+            const int key_warp = warp % kKeyWarps, slice = warp / kKeyWarps;
+            float acc_s[2][4];
+            make_scores(acc_s, stage, queries, key_warp);
 
-    __device__ __forceinline__ void make_scores(float (&acc_s)[2][4], Smem &smem, Stage &stage, int key_warp) const {
-        const int lane = threadIdx.x % 32;
-        if constexpr (kIsFloat8) {
+            const int key0 = turn.turn * kKeys + key_warp * 16 + lane % 4 * 2;
+            float most[2] = {-infinity(0.0f), -infinity(0.0f)}, sum[2] = {};
+            for_each(acc_s, [&](float &s, int half, int col) { s = product(s, unit); });
+            if (plan.is_modified)
+                for_each(acc_s, [&](float &s, int half, int col) {
+                    const int key = key0 + col;
+                    const auto softcap = static_cast<float>(args.softcap);
+                    if (args.softcap > 0) s = product(softcap, tanh_of(s / softcap));
+                    s -= product(slope[half], fabsf(static_cast<float>(turn.of.seq.start + query[half] - key)));
+                    if (key < hi[half] && !fa_tree_shows(&args, &turn.of.seq, turn.b, query[half], key))
+                        s = -infinity(0.0f);
+                    s = product(s, kLog2E);
+                });
+            for_each(acc_s, [&](float &s, int half, int col) {
+                if (key0 + col < lo[half] || key0 + col >= hi[half]) s = -infinity(0.0f);
+                most[half] = fmaxf(most[half], s);
+            });
 #pragma unroll
-            for (int d = 0; d < kDim / 16; d += 2) {
-                const int column = d * 16 + lane % 4 * 8;
-                typename M::A a[2];
+            for (int half = 0; half < 2; ++half) most[half] = row_max_of<4>(most[half]);
+            const float shift[2] = {Part<float>::shift_of(most[0]), Part<float>::shift_of(most[1])};
+            for_each(acc_s, [&](float &s, int half, int) {
+                s = ex2_approx(s - shift[half]);
+                sum[half] += s;
+            });
+            typename M::A p[1];
+            M::from_scores(p, acc_s[0], acc_s[1]);
 #pragma unroll
-                for (int step = 0; step < 2; ++step) {
-                    if constexpr (kDim <= 128)
-                        a[step] = q[d + step];
-                    else
-                        load_q(a[step], smem, d + step);
-                }
+            for (int half = 0; half < 2; ++half) sum[half] = row_sum_of<4>(sum[half]);
+            if (!sums_are_read) barrier_wait(kSumsEmpty, kAttenders + kFolders);
+            if (lane % 4 == 0 && slice == 0)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const auto *at = stage.k.at(key_warp * 16 + 8 * j + lane / 4, column / 16);
-                    const uint2 words = load_shared_2(shared_address(at) + column % 16);
-                    const typename M::B low = {{convert(words.x), convert(words.x >> 16)}};
-                    const typename M::B high = {{convert(words.y), convert(words.y >> 16)}};
-                    M::multiply(acc_s[j], a[0], low);
-                    M::multiply(acc_s[j], a[1], high);
-                }
-            }
-        } else {
-            const auto place_k = M::place_b(stage.k, key_warp * 16);
-#pragma unroll
-            for (int d = 0; d < kDim / 16; ++d) {
-                typename M::B key[2];
-                M::load_b(key, place_k, d * 16, 0);
-                typename M::A a;
-                if constexpr (kDim <= 128)
-                    a = q[d];
-                else
-                    load_q(a, smem, d);
-                M::multiply(acc_s[0], a, key[0]);
-                M::multiply(acc_s[1], a, key[1]);
-            }
+                for (int half = 0; half < 2; ++half)
+                    sums.of_row[key_warp][lane / 4 + 8 * half] = make_float2(most[half], sum[half]);
+            multiply_values(sums, stage, p[0], key_warp, slice);
         }
-    }
 
-    // O of 16 keys, to shared memory: rows g and g + 8 of a slice of columns.
-    __device__ __forceinline__ void multiply_values(Smem &smem, Stage &stage, const typename M::A &p, int key_warp,
-                                                    int slice, int rows) const {
-        const int lane = threadIdx.x % 32, row = lane / 4;
-        const auto store = [&](int half, int col, auto value) {
-            if (row + 8 * half < rows)
-                *reinterpret_cast<decltype(value) *>(&smem.sums[key_warp][row + 8 * half][slice * kSlice + col]) = value;
-        };
-        const auto place_v = [&] {
-            if constexpr (kIsFloat8) // columns of 16 bytes hold 16 elements, of which ldmatrix sees pairs
-                return LanePlace(stage.v, key_warp * 16 + lane % 16, slice * kSlice / 16 + lane / 16);
-            else
-                return M::place_b_transposed(stage.v, key_warp * 16, slice * kSlice / 8);
-        }();
+    private:
+        static constexpr float kLog2E = 1.44269504f;
+
+        // The 16 scores of each row, of which a lane has four: f(score, row g or g + 8, column).
+        template <typename F>
+        static __device__ __forceinline__ void for_each(float (&acc_s)[2][4], const F &f) {
 #pragma unroll
-        for (int n = 0; n < kSlice; n += kIsFloat8 ? 32 : 16) {
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) f(acc_s[j][c], c / 2, 8 * j + c % 2);
+        }
+
+        // 16 columns of Q; with float8, those of step d of the order above.
+        static __device__ __forceinline__ void load_q(typename M::A &a, Queries &queries, int d) {
             if constexpr (kIsFloat8) {
-                uint32_t words[4]; // keys 0 - 7, 8 - 15 of 16 columns; of the next 16
-                ldmatrix_4_transposed(words, place_v.at(0, n / 16));
+                const int lane = threadIdx.x % 32, column = d / 2 * 32 + lane % 4 * 8 + d % 2 * 4;
 #pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    float even[4] = {}, odd[4] = {};
-                    const auto pick = [&](uint32_t word, unsigned bytes) { return convert(__byte_perm(word, 0, bytes)); };
-                    const uint32_t upper = words[2 * m], lower = words[2 * m + 1];
-                    M::multiply(even, p, {{pick(upper, 0x20), pick(lower, 0x20)}});
-                    M::multiply(odd, p, {{pick(upper, 0x31), pick(lower, 0x31)}});
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        store(half, n + 16 * m + lane % 4 * 4,
-                              make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]));
+                for (int half = 0; half < 2; ++half) {
+                    const uint2 words =
+                        load_shared_2(shared_address(queries.at(lane / 4 + 8 * half, column / 8)) + column % 8 * 2);
+                    a.x[half] = words.x, a.x[half + 2] = words.y;
                 }
             } else {
-                typename M::B value[2];
-                M::load_b_transposed(value, place_v, 0, n);
+                M::load_a(a, M::place_a(queries), 0, d * 16);
+            }
+        }
+        __device__ __forceinline__ typename M::A q_of(Queries &queries, int d) const {
+            typename M::A a;
+            if constexpr (kDim <= 128)
+                a = q[d];
+            else
+                load_q(a, queries, d);
+            return a;
+        }
+
+        // Two e4m3 of a word's lower half as two Elements.
+        static __device__ __forceinline__ uint32_t convert(uint32_t pair) {
+            const __half2 halves(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+            if constexpr (kDtype<Element> == FA_FLOAT16) return reinterpret_cast<const uint32_t &>(halves);
+            const float2 x = __half22float2(halves);
+            return M::round_pair(x.x, x.y);
+        }
+
+        // S = Q K^T of 16 keys, in two chains that join.
+        __device__ __forceinline__ void make_scores(float (&acc_s)[2][4], Stage &stage, Queries &queries,
+                                                    int key_warp) const {
+            const int lane = threadIdx.x % 32;
+            float acc[2][2][4] = {};
+            const auto place_k = [&] {
+                if constexpr (kIsFloat8)
+                    return 0;
+                else
+                    return M::place_b(stage.k, key_warp * 16);
+            }();
 #pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    float acc[4] = {};
-                    M::multiply(acc, p, value[m]);
+            for (int d = 0; d < kDim / 16; d += 2) {
+                const typename M::A a[2] = {q_of(queries, d), q_of(queries, d + 1)};
+                typename M::B key[2][2]; // of each step: 8 keys, the next 8
+                if constexpr (kIsFloat8) {
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        store(half, n + 8 * m + lane % 4 * 2, make_float2(acc[2 * half], acc[2 * half + 1]));
+                    for (int j = 0; j < 2; ++j) {
+                        const int column = d * 16 + lane % 4 * 8;
+                        const auto *at = stage.k.at(key_warp * 16 + 8 * j + lane / 4, column / 16);
+                        const uint2 words = load_shared_2(shared_address(at) + column % 16);
+                        key[0][j] = {{convert(words.x), convert(words.x >> 16)}};
+                        key[1][j] = {{convert(words.y), convert(words.y >> 16)}};
+                    }
+                } else {
+                    M::load_b(key[0], place_k, d * 16, 0);
+                    M::load_b(key[1], place_k, d * 16 + 16, 0);
+                }
+#pragma unroll
+                for (int step = 0; step < 2; ++step)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) M::multiply(acc[step][j], a[step], key[step][j]);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) acc_s[j][c] = acc[0][j][c] + acc[1][j][c];
+        }
+
+        // O of 16 keys, to shared memory: rows g and g + 8 of a slice of columns.
+        __device__ __forceinline__ void multiply_values(Sums &sums, Stage &stage, const typename M::A &p, int key_warp,
+                                                        int slice) const {
+            const int lane = threadIdx.x % 32, row = lane / 4;
+            const auto store = [&](int half, int col, auto value) {
+                if (row + 8 * half < rows)
+                    *reinterpret_cast<decltype(value) *>(&sums.o[key_warp][row + 8 * half][slice * kSlice + col]) =
+                        value;
+            };
+            const auto place_v = [&] {
+                if constexpr (kIsFloat8) // columns of 16 bytes hold 16 elements, of which ldmatrix sees pairs
+                    return LanePlace(stage.v, key_warp * 16 + lane % 16, slice * kSlice / 16 + lane / 16);
+                else
+                    return M::place_b_transposed(stage.v, key_warp * 16, slice * kSlice / 8);
+            }();
+#pragma unroll
+            for (int n = 0; n < kSlice; n += kIsFloat8 ? 32 : 16) {
+                if constexpr (kIsFloat8) {
+                    uint32_t words[4]; // keys 0 - 7, 8 - 15 of 16 columns; of the next 16
+                    ldmatrix_4_transposed(words, place_v.at(0, n / 16));
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        float even[4] = {}, odd[4] = {};
+                        const auto pick = [&](uint32_t word, unsigned bytes) {
+                            return convert(__byte_perm(word, 0, bytes));
+                        };
+                        const uint32_t upper = words[2 * m], lower = words[2 * m + 1];
+                        M::multiply(even, p, {{pick(upper, 0x20), pick(lower, 0x20)}});
+                        M::multiply(odd, p, {{pick(upper, 0x31), pick(lower, 0x31)}});
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            store(half, n + 16 * m + lane % 4 * 4,
+                                  make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]));
+                    }
+                } else {
+                    typename M::B value[2];
+                    M::load_b_transposed(value, place_v, 0, n);
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        float acc[4] = {};
+                        M::multiply(acc, p, value[m]);
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            store(half, n + 8 * m + lane % 4 * 2, make_float2(acc[2 * half], acc[2 * half + 1]));
+                    }
                 }
             }
         }
-    }
+    };
 
-    __device__ __forceinline__ void attend(Part<float> (&node)[kChunks], Smem &smem, Stage &stage,
-                                           const fa_kvcache_args &args, const DecodePlan &, const Cursor<kKeys> &turn,
-                                           const DecodeLine &line) const {
-        constexpr float kLog2E = 1.44269504f;
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, key_warp = warp % kKeyWarps, slice = warp / kKeyWarps;
-        float acc_s[2][4] = {};
-        make_scores(acc_s, smem, stage, key_warp);
-
-        const int key0 = turn.turn * kKeys + key_warp * 16 + lane % 4 * 2;
-        float most[2] = {-infinity(0.0f), -infinity(0.0f)}, sum[2] = {};
+    // The sum of all key warps.
+    static __device__ __forceinline__ Part<float> part_of(const Sums &sums, int row, int col) {
+        Part<float> part = Part<float>::empty();
+        float2 of_row[kKeyWarps];
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const int half = c / 2, key = key0 + 8 * j + c % 2;
-                float s = product(acc_s[j][c], scale);
-                if (args.softcap > 0) s = product(args.softcap, tanh_of(s / static_cast<float>(args.softcap)));
-                if (slope[half] != 0) s -= product(slope[half], fabsf(static_cast<float>(turn.seq.start + query[half] - key)));
-                const bool is_seen = key >= lo[half] && key < hi[half] &&
-                                     fa_tree_shows(&args, &turn.seq, line.b, query[half], key);
-                acc_s[j][c] = is_seen ? product(s, kLog2E) : -infinity(0.0f);
-                most[half] = fmaxf(most[half], acc_s[j][c]);
-            }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) most[half] = row_max_of<4>(most[half]);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                acc_s[j][c] = ex2_approx(acc_s[j][c] - Part<float>::shift_of(most[c / 2]));
-                sum[c / 2] += acc_s[j][c];
-            }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            sum[half] = row_sum_of<4>(sum[half]);
-            if (lane % 4 == 0 && slice == 0)
-                smem.of_row[key_warp][lane / 4 + 8 * half] = make_float2(most[half], sum[half]);
+        for (int w = 0; w < kKeyWarps; ++w) {
+            of_row[w] = sums.of_row[w][row];
+            part.max = fmaxf(part.max, of_row[w].x);
         }
-        typename M::A p[1];
-        M::from_scores(p, acc_s[0], acc_s[1]);
-        multiply_values(smem, stage, p[0], key_warp, slice, line.rows);
-        __syncthreads(); // the sums of all warps are there
-
-        constexpr int kQuads = kDim / 4;
 #pragma unroll
-        for (int e = 0; e < kChunks; ++e) {
-            const int row = static_cast<int>(threadIdx.x) / kQuads + e * (kThreads / kQuads);
-            const int col = static_cast<int>(threadIdx.x) % kQuads * 4;
-            node[e] = Part<float>::empty();
-            if (row >= line.rows) continue;
-            float2 of_row[kKeyWarps];
-#pragma unroll
-            for (int w = 0; w < kKeyWarps; ++w) {
-                of_row[w] = smem.of_row[w][row];
-                node[e].max = fmaxf(node[e].max, of_row[w].x);
-            }
-#pragma unroll
-            for (int w = 0; w < kKeyWarps; ++w) {
-                const float factor = ex2_approx(of_row[w].x - Part<float>::shift_of(node[e].max));
-                const float4 o = *reinterpret_cast<const float4 *>(&smem.sums[w][row][col]);
-                node[e].sum = fma_of(of_row[w].y, factor, node[e].sum);
-                node[e].o[0] = fma_of(o.x, factor, node[e].o[0]), node[e].o[1] = fma_of(o.y, factor, node[e].o[1]);
-                node[e].o[2] = fma_of(o.z, factor, node[e].o[2]), node[e].o[3] = fma_of(o.w, factor, node[e].o[3]);
-            }
+        for (int w = 0; w < kKeyWarps; ++w) {
+            const float factor = ex2_approx(of_row[w].x - Part<float>::shift_of(part.max));
+            const float4 o = *reinterpret_cast<const float4 *>(&sums.o[w][row][col]);
+            part.sum = fma_of(of_row[w].y, factor, part.sum);
+            part.o[0] = fma_of(o.x, factor, part.o[0]), part.o[1] = fma_of(o.y, factor, part.o[1]);
+            part.o[2] = fma_of(o.z, factor, part.o[2]), part.o[3] = fma_of(o.w, factor, part.o[3]);
         }
+        return part;
     }
 };
 

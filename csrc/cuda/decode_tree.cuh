@@ -81,11 +81,11 @@ template <typename Real, int kChunks>
 struct Tree {
     Part<Real> state[kLevels][kChunks];
 
-    // Takes turns [begin, end) of a node of kLevel. tell(kLevel, parts): the node's parent is not all in this block's part,
+    // Takes turns [begin, end) of a node of kLevel, its first `chunks` parts. tell(kLevel, parts): the node's parent is not all in this block's part,
     // which begins at part_begin. Returns whether the line is complete, in state[kLevels - 1].
     template <int kLevel = 0, typename Tell>
-    __device__ __forceinline__ bool push(const Part<Real> (&node)[kChunks], int begin, int end, const Turns &line,
-                                         int part_begin, const Tell &tell) {
+    __device__ __forceinline__ bool push(const Part<Real> (&node)[kChunks], int chunks, int begin, int end,
+                                         const Turns &line, int part_begin, const Tell &tell) {
         const Turns parent = parent_of(kLevel, begin, line);
         if (parent.first < part_begin) {
             tell(node);
@@ -93,6 +93,7 @@ struct Tree {
         }
 #pragma unroll
         for (int e = 0; e < kChunks; ++e) {
+            if (e >= chunks) break;
             if (begin == parent.first)
                 state[kLevel][e] = node[e];
             else
@@ -102,7 +103,7 @@ struct Tree {
         if constexpr (kLevel == kLevels - 1)
             return true;
         else
-            return push<kLevel + 1>(state[kLevel], parent.first, parent.last, line, part_begin, tell);
+            return push<kLevel + 1>(state[kLevel], chunks, parent.first, parent.last, line, part_begin, tell);
     }
 
     // Tells the left ends that a part leaves at `end`, within a line.
