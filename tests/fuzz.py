@@ -1,6 +1,7 @@
 """Random cases, every feature together with every other, forward and all gradients; each follows from two integers.
 
     python -m tests.fuzz --cases 1000 --seconds 600 --seed 1 --device cpu --impl auto
+    python -m tests.fuzz --kvcache
 
 Ends with a failure count; each failure prints the one command that repeats it.
 """
@@ -21,6 +22,7 @@ from tqdm import tqdm  # noqa: E402
 
 from flash_attention import _C  # noqa: E402
 
+from .cache_fuzz import check_cache_case, random_cache_case  # noqa: E402
 from .cases import Case  # noqa: E402
 from .checks import assert_correct, run, serves  # noqa: E402
 
@@ -110,6 +112,17 @@ def failure(seed: int, number: int, device: str, impl: str) -> str | None:
     return None
 
 
+def cache_failure(seed: int, number: int, device: str, impl: str) -> str | None:
+    """As failure(), of attention over a key/value cache."""
+    case = random_cache_case(seed, number, device)
+    try:
+        check_cache_case(case, device, impl)
+    except Exception as error:
+        command = f"python -m tests.fuzz --kvcache --seed {seed} --first {number} --cases 1"
+        return f"{command} --device {device} --impl {impl}\n{case!r}\n{type(error).__name__}: {error}"
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=None, help="how many; without --seconds 500")
@@ -118,6 +131,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--device", default="cpu", choices=sorted(_WORK))
     parser.add_argument("--impl", default="auto")
+    parser.add_argument("--kvcache", action="store_true", help="attention over a key/value cache")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is seen, or this torch is built without CUDA")
@@ -126,10 +140,11 @@ def main() -> int:
         parser.error(f"--impl {options.impl}: this build has {', '.join(impls)} on {options.device}")
     cases = options.cases or (500 if options.seconds is None else 10**9)
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN
+    attempt = cache_failure if options.kvcache else failure
     start, done, failures = time.monotonic(), 0, 0
     with tqdm(total=options.cases or cases if options.seconds is None else options.cases, unit="case") as progress:
         while done < cases and (options.seconds is None or time.monotonic() - start < options.seconds):
-            complaint = failure(options.seed, options.first + done, options.device, options.impl)
+            complaint = attempt(options.seed, options.first + done, options.device, options.impl)
             if complaint:
                 failures += 1
                 progress.write(f"\n{complaint}\n")
