@@ -3,10 +3,12 @@ every kernel. Rows of no token hold NaN in all of them."""
 
 import pytest
 
+from flash_attention import _C, explain_with_kvcache
+
 from .cache_cases import CacheCase
 from .cache_checks import assert_caches_correct, assert_correct, run, serves
 from .cache_table import CASES
-from .conftest import each_cache_kernel
+from .conftest import CACHE_IMPLS, each_cache_kernel
 
 
 @each_cache_kernel()
@@ -30,3 +32,20 @@ def test_lengths_and_tables_do_not_change(case: CacheCase, device: str, impl: st
     for name, x in before.items():
         if not name.endswith("_cache") and hasattr(x, "shape"):
             assert x.equal(arguments[name]), name
+
+
+def test_explain_says_of_each_kernel_what_it_would_do(device: str) -> None:
+    arguments = CacheCase("f16", head_dim=64).inputs(device)
+    rows = explain_with_kvcache(**arguments)
+    assert [(row.impl, row.device) for row in rows] == _C.kernels()
+    assert [row.verdict for row in rows].count("chosen") == 1
+    for row in rows:
+        if row.impl not in CACHE_IMPLS[row.device]:
+            assert "has no attention over a cache" in row.verdict
+        elif row.device == device:
+            assert row.verdict in ("chosen", "slower")
+        if row.device != device:
+            assert f"runs on {row.device}, the tensors are on {device}" in row.verdict
+    chosen = next(row.impl for row in rows if row.verdict == "chosen")
+    others = [row for row in explain_with_kvcache(**arguments, impl=chosen) if row.verdict == "slower"]
+    assert not others

@@ -4,6 +4,7 @@ however many threads work on it."""
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import pytest
@@ -93,3 +94,21 @@ def test_the_number_of_threads_changes_no_bit(case: CacheCase) -> None:
         torch.set_num_threads(count)
     for got in results[1:]:
         assert all(same_bits(got[name], results[0][name]) for name in got)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(device: str) -> None:
+    wanted = [run(case.inputs(device), "auto") for case in SPLIT]
+    differences: list[str] = []
+
+    def work(first: int) -> None:
+        for n in range(first, first + 2 * len(SPLIT)):
+            case, want = SPLIT[n % len(SPLIT)], wanted[n % len(SPLIT)]
+            got = run(case.inputs(device), "auto")
+            differences.extend(name for name in want if not same_bits(got[name], want[name]))
+
+    workers = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not differences

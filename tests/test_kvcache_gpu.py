@@ -221,4 +221,4 @@ def test_no_more_memory_is_taken_than_the_workspace_and_the_results(impl: str) -
     o, lse = run(arguments, impl).values()
     rounding = 3 * 512  # of torch's allocator
     assert torch.cuda.max_memory_allocated() - held <= needed + o.nbytes + lse.nbytes + rounding
-    assert needed <= 2**25  # no copy of the caches, which are of 147 MB
+    assert needed < arguments["k_cache"].nbytes  # no copy of it
