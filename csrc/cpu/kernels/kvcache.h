@@ -20,7 +20,7 @@
 #include "cpu/kernels/stream.h"
 
 enum {
-    kStreamMost = 2 * kStreamRows, // beyond it, transposing keys is cheaper than adding up lanes
+    kStreamMost = 4 * kStreamRows, // beyond it, transposing keys is cheaper than adding up lanes
     kAheadBytes = 16384,           // distance at which rows are asked for: 0.2 us at 80 GB/s, twice what memory takes
     kTileRows = 128,               // rows over which packing a block of kBlockN keys is spread
     kSplitKeys = 2 * kBlockN,      // fewest keys of a split
