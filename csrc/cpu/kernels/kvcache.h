@@ -22,6 +22,7 @@
 enum {
     kStreamMost = 4 * kStreamRows, // beyond it, transposing keys is cheaper than adding up lanes
     kAheadBytes = 16384,           // distance at which rows are asked for: 0.2 us at 80 GB/s, twice what memory takes
+    kAheadRows = 64,               // and its most, in rows
     kTileRows = 128,               // rows over which packing a block of kBlockN keys is spread
     kSplitKeys = 2 * kBlockN,      // fewest keys of a split
     kMostSplits = 128,
@@ -178,39 +179,48 @@ static void soften_rows(const cache_tile *tile, int64_t r, int64_t n, int64_t n0
 
 // ---- few rows: keys and values where they lie -----------------------------------------------------------------------
 
-// Rows in the order in which they are read: K and V of a block, then K of the next.
+// Rows of a block, and those after it that are asked for while it is read.
 typedef struct row_list {
-    const char *k[kBlockN], *v[kBlockN], *next_k[kBlockN], *beyond[kBlockN];
+    const char *rows[kBlockN + kAheadRows];
 } row_list;
 
-static void list_rows(const char **rows, const cache_tile *tile, const fa_tensor *cache, int64_t n0) {
-    const int64_t n = fa_min(kBlockN, tile->hi - n0);
-    if (n > 0) find_rows(rows, tile->plan->args, cache, tile->b, tile->h_kv, n0, n);
-    for (int64_t i = n > 0 ? n : 0; i < kBlockN; ++i) rows[i] = n > 0 ? rows[n - 1] : (const char *)kZeroRow;
+static stream_source source_of(row_list *list, const cache_tile *tile, const fa_tensor *cache, int64_t width,
+                               int64_t n0) {
+    const fa_kvcache_args *args = tile->plan->args;
+    const int64_t bytes = fa_dtype_bytes(args->cache_dtype), n = fa_min(kBlockN, tile->hi - n0);
+    stream_source source = {list->rows, NULL, cache->stride_l * bytes,
+                            fa_clamp(kAheadBytes / (width * bytes), 1, kAheadRows)};
+    if (n == kBlockN && n0 % args->page_size + n <= args->page_size) {
+        find_rows(&source.base, args, cache, tile->b, tile->h_kv, n0, 1);
+        source.list = NULL;
+        return source;
+    }
+    const int64_t listed = fa_min(kBlockN + kAheadRows, tile->hi - n0);
+    find_rows(list->rows, args, cache, tile->b, tile->h_kv, n0, listed);
+    for (int64_t i = listed; i < kBlockN + kAheadRows; ++i) list->rows[i] = list->rows[n - 1];
+    if (kDepth > 1 && n % kDepth) list->rows[n] = (const char *)kZeroRow; // of values, whose p is 0
+    return source;
 }
 
 static void attend_streaming(const cache_tile *tile) {
     const cache_plan *plan = tile->plan;
     const fa_kvcache_args *args = plan->args;
     const cache_scratch *scratch = tile->scratch;
-    const int64_t row_bytes = fa_max(args->head_dim, args->head_dim_v) * fa_dtype_bytes(args->cache_dtype);
-    const int64_t distance = fa_clamp(kAheadBytes / row_bytes, 1, kBlockN);
-    row_list list;
-    list_rows(list.next_k, tile, &args->k_cache, tile->lo);
-    memcpy(list.beyond, list.next_k, sizeof list.beyond);
+    row_list k_list, v_list;
     for (int64_t n0 = tile->lo; n0 < tile->hi; n0 += kBlockN) {
         const int64_t n = fa_min(kBlockN, tile->hi - n0);
-        memcpy(list.k, list.next_k, sizeof list.k);
-        list_rows(list.v, tile, &args->v_cache, n0);
-        list_rows(list.next_k, tile, &args->k_cache, n0 + kBlockN);
+        stream_source k = source_of(&k_list, tile, &args->k_cache, args->head_dim, n0);
+        stream_source v = source_of(&v_list, tile, &args->v_cache, args->head_dim_v, n0);
         for (int64_t r = 0; r < tile->n; r += kStreamRows) {
-            const int64_t rows = fa_min(kStreamRows, tile->n - r), ahead = r == 0 ? distance : 0;
-            stream_scores(stream_rows(rows), args->cache_dtype, scratch->q + r * plan->q_units, plan->q_units, list.k,
-                          n, args->head_dim, scratch->s, kBlockN, list.k + ahead);
+            const int64_t rows = fa_min(kStreamRows, tile->n - r);
+            const operand *q = scratch->q + r * plan->q_units;
+            real *acc_o = scratch->acc_o + r * plan->o_stride;
+            stream_scores(stream_rows(rows), args->cache_dtype, q, plan->q_units, &k, n, args->head_dim, scratch->s,
+                          kBlockN);
             soften_rows(tile, r, rows, n0, n, fa_round_up(n, kMicroCols));
-            if (kDepth > 1 && n % kDepth) list.v[n] = (const char *)kZeroRow; // its p is 0
-            stream_values(stream_rows(rows), args->cache_dtype, scratch->p, kBlockN / kDepth, list.v, n,
-                          args->head_dim_v, scratch->acc_o + r * plan->o_stride, plan->o_stride, list.v + ahead);
+            stream_values(stream_rows(rows), args->cache_dtype, scratch->p, kBlockN / kDepth, &v, n, args->head_dim_v,
+                          acc_o, plan->o_stride);
+            k.ahead = v.ahead = 0; // the other strips find the block in the cache
         }
     }
 #if FA_BF16_OPERANDS

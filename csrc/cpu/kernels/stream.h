@@ -3,7 +3,7 @@
 //   stream_scores   s[rows][keys] = q k^T     a lane adds up every kLanes-th element of head_dim: kStreamVectors sums at once
 //   stream_values   o[rows][columns] += p v   as the micro-kernel, with accumulators for the columns that the rows leave
 //
-// rows is 1, 2, 4 or kStreamRows. A key's or a value's row is found through a pointer: pages and strides are not seen here.
+// rows is 1, 2, 4 or kStreamRows. Pages are not seen here.
 #ifndef FA_STREAM_H
 #define FA_STREAM_H
 
@@ -18,6 +18,14 @@ enum {
 
 // What the loads below leave of a value.
 static inline real stream_unit(fa_dtype dtype) { return dtype == FA_FLOAT8_E4M3 ? (real)0x1p-8 : 1; }
+
+// Where rows of keys or values lie: through pointers, or, where there are none, `stride` bytes apart, which is faster.
+typedef struct stream_source {
+    const char *const *list;
+    const char *base;
+    int64_t stride;
+    int64_t ahead; // distance, in rows, at which they are asked for; there are pointers as far as that
+} stream_source;
 
 #define FA_ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -67,6 +75,9 @@ FA_ALWAYS_INLINE void stream_last_value(voperand out[kColumnVectors], const char
     stream_value(out, pointers, 0, dtype);
 }
 
+FA_ALWAYS_INLINE const char *stream_row(const stream_source *source, int64_t j) {
+    return source->list ? source->list[j] : source->base + j * source->stride;
+}
 // Fetches a line that will be read soon into the second-level cache, which has more misses under way than the first.
 FA_ALWAYS_INLINE void stream_ahead(const char *row, int64_t at) {
     if (kLanes > 1 && at % 64 == 0) __builtin_prefetch(row + at, 0, 2);
@@ -74,14 +85,14 @@ FA_ALWAYS_INLINE void stream_ahead(const char *row, int64_t at) {
 
 // Sums of `keys` keys (at most kKeysAtOnce) and `rows` rows: sums[r * sums_stride + k], a lane each.
 FA_ALWAYS_INLINE void stream_dots(const int rows, const int keys, const fa_dtype dtype, const operand *q,
-                                  int64_t q_stride, const char *const *k_rows, const char *const *ahead, int64_t width,
-                                  vreal *sums, const int sums_stride) {
+                                  int64_t q_stride, const stream_source *k_rows, int64_t j, int64_t width, vreal *sums,
+                                  const int sums_stride) {
     vreal acc[kStreamRows][kKeysAtOnce];
     const char *pointers[kKeysAtOnce], *coming[kKeysAtOnce];
     const int64_t bytes = fa_dtype_bytes(dtype), whole = width / kStep * kStep;
 #pragma GCC unroll 8
     for (int k = 0; k < keys; ++k) {
-        pointers[k] = k_rows[k], coming[k] = ahead[k];
+        pointers[k] = stream_row(k_rows, j + k), coming[k] = stream_row(k_rows, j + k + k_rows->ahead);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) acc[r][k] = v_set1(0);
     }
@@ -114,17 +125,17 @@ FA_ALWAYS_INLINE void stream_dots(const int rows, const int keys, const fa_dtype
         for (int k = 0; k < keys; ++k) sums[r * sums_stride + k] = acc[r][k];
 }
 
-// s: rows s_stride apart. k_rows has pointers, to any row, up to a multiple of kStreamVectors of n. ahead: n rows to come.
+// s: rows s_stride apart. k_rows has rows, any, up to a multiple of kStreamVectors of n.
 FA_ALWAYS_INLINE void stream_scores_rows(const int rows, const fa_dtype dtype, const operand *q, int64_t q_stride,
-                                         const char *const *k_rows, int64_t n, int64_t width, real *s, int64_t s_stride,
-                                         const char *const *ahead) {
+                                         const stream_source *k_rows, int64_t n, int64_t width, real *s,
+                                         int64_t s_stride) {
     const int keys = kStreamVectors / rows, at_once = keys < kKeysAtOnce ? keys : kKeysAtOnce;
     for (int64_t j = 0; j < n; j += keys) {
         vreal sums[kStreamVectors];
         real out[kStreamVectors];
 #pragma GCC unroll 2
         for (int k = 0; k < keys; k += at_once)
-            stream_dots(rows, at_once, dtype, q, q_stride, k_rows + j + k, ahead + j + k, width, sums + k, keys);
+            stream_dots(rows, at_once, dtype, q, q_stride, k_rows, j + k, width, sums + k, keys);
 #pragma GCC unroll 8
         for (int i = 0; i < kStreamVectors; i += kLanes) v_store(out + i, v_hsums(sums + i));
 #pragma GCC unroll 8
@@ -134,8 +145,8 @@ FA_ALWAYS_INLINE void stream_scores_rows(const int rows, const fa_dtype dtype, c
 
 // `groups` column groups from `column` on; tail_bytes: of the one group that is not whole, else 0.
 FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, const fa_dtype dtype, const operand *p,
-                                           int64_t p_stride, const char *const *v_rows, int64_t units, int64_t column,
-                                           int64_t tail_bytes, real *o, int64_t o_stride, const char *const *ahead) {
+                                           int64_t p_stride, const stream_source *v_rows, int64_t units, int64_t column,
+                                           int64_t tail_bytes, real *o, int64_t o_stride) {
     vreal acc[kStreamRows][8 * kColumnVectors];
     const int vectors = groups * kColumnVectors;
     const int64_t bytes = fa_dtype_bytes(dtype);
@@ -144,7 +155,11 @@ FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, con
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; ++i) acc[r][i] = v_load(o + r * o_stride + column + i * kLanes);
     for (int64_t unit = 0; unit < units; ++unit) {
-        const char *const *row = v_rows + unit * kDepth;
+        const char *row[kDepth], *coming[kDepth];
+        for (int i = 0; i < kDepth; ++i) {
+            row[i] = stream_row(v_rows, unit * kDepth + i);
+            coming[i] = stream_row(v_rows, unit * kDepth + i + v_rows->ahead);
+        }
 #pragma GCC unroll 8
         for (int g = 0; g < groups; ++g) {
             voperand v[kColumnVectors];
@@ -152,7 +167,7 @@ FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, con
                 stream_last_value(v, row, column * bytes, tail_bytes, dtype);
             else
                 stream_value(v, row, (column + g * kStep) * bytes, dtype);
-            for (int i = 0; i < kDepth; ++i) stream_ahead(ahead[unit * kDepth + i], (column + g * kStep) * bytes);
+            for (int i = 0; i < kDepth; ++i) stream_ahead(coming[i], (column + g * kStep) * bytes);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
@@ -169,13 +184,13 @@ FA_ALWAYS_INLINE void stream_values_groups(const int rows, const int groups, con
 
 // o: rows o_stride apart, in whole column groups, in the order of stream_value's columns.
 FA_ALWAYS_INLINE void stream_values_rows(const int rows, const fa_dtype dtype, const operand *p, int64_t p_stride,
-                                         const char *const *v_rows, int64_t n, int64_t width, real *o, int64_t o_stride,
-                                         const char *const *ahead) {
+                                         const stream_source *v_rows, int64_t n, int64_t width, real *o,
+                                         int64_t o_stride) {
     const int most = kStreamVectors / rows / kColumnVectors; // groups whose accumulators are in registers
     const int64_t units = depth_units(n), whole = width / kStep * kStep, tail = (width - whole) * fa_dtype_bytes(dtype);
     int64_t column = 0;
 #define FA_VALUES(GROUPS, TAIL)                                                                                        \
-    stream_values_groups(rows, GROUPS, dtype, p, p_stride, v_rows, units, column, TAIL, o, o_stride, ahead)
+    stream_values_groups(rows, GROUPS, dtype, p, p_stride, v_rows, units, column, TAIL, o, o_stride)
     for (; most >= 8 && column + 8 * kStep <= whole; column += 8 * kStep) FA_VALUES(8, 0);
     for (; most >= 4 && column + 4 * kStep <= whole; column += 4 * kStep) FA_VALUES(4, 0);
     for (; most >= 2 && column + 2 * kStep <= whole; column += 2 * kStep) FA_VALUES(2, 0);
@@ -202,10 +217,10 @@ FA_ALWAYS_INLINE void stream_values_rows(const int rows, const fa_dtype dtype, c
 // Rows of the kernel that serves n of them; of 0 none.
 static inline int stream_rows(int64_t n) { return n > 4 ? 8 : n > 2 ? 4 : (int)n; }
 
-static void stream_scores(int rows, fa_dtype dtype, const operand *q, int64_t q_stride, const char *const *k_rows,
-                          int64_t n, int64_t width, real *s, int64_t s_stride, const char *const *ahead) {
+static void stream_scores(int rows, fa_dtype dtype, const operand *q, int64_t q_stride, const stream_source *k_rows,
+                          int64_t n, int64_t width, real *s, int64_t s_stride) {
 #define FA_SCORES_OF(ROWS, DTYPE)                                                                                      \
-    case ROWS: stream_scores_rows(ROWS, DTYPE, q, q_stride, k_rows, n, width, s, s_stride, ahead); break;
+    case ROWS: stream_scores_rows(ROWS, DTYPE, q, q_stride, k_rows, n, width, s, s_stride); break;
 #define FA_SCORES(DTYPE)                                                                                               \
     switch (rows) { FA_SCORES_OF(1, DTYPE) FA_SCORES_OF(2, DTYPE) FA_SCORES_OF(4, DTYPE) FA_SCORES_OF(8, DTYPE) }
     (void)dtype;
@@ -214,10 +229,10 @@ static void stream_scores(int rows, fa_dtype dtype, const operand *q, int64_t q_
 #undef FA_SCORES_OF
 }
 
-static void stream_values(int rows, fa_dtype dtype, const operand *p, int64_t p_stride, const char *const *v_rows,
-                          int64_t n, int64_t width, real *o, int64_t o_stride, const char *const *ahead) {
+static void stream_values(int rows, fa_dtype dtype, const operand *p, int64_t p_stride, const stream_source *v_rows,
+                          int64_t n, int64_t width, real *o, int64_t o_stride) {
 #define FA_VALUES_OF(ROWS, DTYPE)                                                                                      \
-    case ROWS: stream_values_rows(ROWS, DTYPE, p, p_stride, v_rows, n, width, o, o_stride, ahead); break;
+    case ROWS: stream_values_rows(ROWS, DTYPE, p, p_stride, v_rows, n, width, o, o_stride); break;
 #define FA_VALUES(DTYPE)                                                                                               \
     switch (rows) { FA_VALUES_OF(1, DTYPE) FA_VALUES_OF(2, DTYPE) FA_VALUES_OF(4, DTYPE) FA_VALUES_OF(8, DTYPE) }
     (void)dtype;
