@@ -2,6 +2,7 @@
 // other row changed; the same bits with other workers, splits and placements, alone and in a batch, and in a later call
 // that finds the new tokens in the cache.
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "cpu/convert.h"
@@ -291,6 +292,29 @@ static void test_full_cache(void) {
     guarded_release_all();
 }
 
+static uint64_t g_random = 1;
+static int draw(int count) { // in [0, count)
+    g_random = g_random * 6364136223846793005u + 1442695040888963407u;
+    return (int)((g_random >> 33) % (uint64_t)count);
+}
+
+static kvcache_case random_case(void) {
+    static const int kPageSizes[] = {0, 0, 1, 3, 16, 64}, kRows[] = {1, 1, 2, 5, 17, 40},
+                     kGroups[] = {1, 2, 3, 4, 7, 9};
+    const int heads_kv = 1 + draw(3), head_dim = 1 + draw(draw(2) ? 40 : 140);
+    kvcache_case c = {.batch = 1 + draw(4), .heads_q = heads_kv * kGroups[draw(6)], .heads_kv = heads_kv};
+    c.seqlen_q = kRows[draw(6)], c.head_dim = head_dim, c.head_dim_v = draw(2) ? head_dim : 1 + draw(140);
+    c.append = draw(3) > 0, c.capacity = c.seqlen_q + draw(draw(4) ? 300 : 1400);
+    for (int b = 0; b < c.batch; ++b) c.lengths[b] = draw(c.capacity + 1 - (c.append ? c.seqlen_q : 0));
+    c.page_size = kPageSizes[draw(6)], c.indexed = draw(2), c.token_major = draw(2), c.causal = draw(2);
+    c.window = draw(3) == 0, c.window_left = draw(300) - 1, c.window_right = draw(20) - 1;
+    c.softcap = draw(4) ? 0 : 3, c.alibi = draw(4) ? 0 : 1 + draw(2), c.sinks = draw(3) == 0;
+    c.tree = draw(3) ? 0 : 1 + draw(2), c.float8 = draw(3) == 0, c.descale = c.float8 ? draw(3) : 0;
+    if (c.append && head_dim > 1 && draw(2)) c.rotary_dim = 2 * (1 + draw(head_dim / 2));
+    c.interleaved = draw(2), c.wide_rotary = draw(2), c.no_lse = draw(5) == 0;
+    return c;
+}
+
 static bool is_left_out(const kvcache_case *c, fa_dtype dtype, int number) {
     const bool has_16_bits = dtype == FA_FLOAT16 || dtype == FA_BFLOAT16;
     if (c->float8 && !has_16_bits) return true;
@@ -303,4 +327,12 @@ void test_kvcache(fa_device device) {
     for (size_t i = 0; i < sizeof kCases / sizeof kCases[0]; ++i)
         for (fa_dtype dtype = FA_FLOAT32; dtype <= FA_BFLOAT16; ++dtype)
             if (!is_left_out(&kCases[i], dtype, (int)i)) run_case(&kCases[i], dtype, device);
+    for (int i = 0; i < (g_sanitize ? 0 : g_quick ? 10 : 60); ++i) {
+        kvcache_case c = random_case();
+        char name[32];
+        snprintf(name, sizeof name, "random case %d", i);
+        c.name = name;
+        const fa_dtype dtype = (fa_dtype)(c.float8 ? FA_FLOAT16 + i % 2 : i % 4);
+        if (!is_left_out(&c, dtype, i)) run_case(&c, dtype, device);
+    }
 }
