@@ -46,10 +46,10 @@ typedef struct cache_plan {
     int64_t group, rows;         // query heads of a key/value head; times seqlen_q
     int64_t tile_rows, tiles;    // of a key/value head
     int64_t most_splits, splits; // that a length may have, and that one has
-    int64_t q_units,
-        o_stride; // operands of a row of q, in whole vectors; head_dim_v in whole panels, which are whole column groups
+    int64_t q_units;             // operands of a row of q, in whole vectors
+    int64_t o_stride;            // head_dim_v in whole panels, which are whole column groups
     int streams;
-    real k_unit, v_unit;       // what a cached element is multiplied by, besides its descale
+    real unit;                 // what a cached element is multiplied by, besides its descale
     real *part_o;              // [B * Hkv * rows][splits][o_stride]
     real *part_max, *part_sum; // [B * Hkv * rows][splits]
     char *scratch;
@@ -84,8 +84,7 @@ static cache_plan cache_plan_of(const fa_kvcache_args *args) {
     plan.most_splits = fa_clamp(fa_ceil_div(args->max_pages * args->page_size, kSplitKeys), 1, limit);
     plan.q_units = fa_round_up(depth_units(args->head_dim), kLanes);
     plan.o_stride = fa_round_up(args->head_dim_v, kMicroCols);
-    const real unit = plan.streams ? 1 / stream_unit(args->cache_dtype) : 1;
-    plan.k_unit = plan.v_unit = unit;
+    plan.unit = plan.streams ? 1 / stream_unit(args->cache_dtype) : 1;
     fa_arena arena = {args->workspace, 0};
     const size_t parts =
         plan.most_splits > 1 ? (size_t)(args->batch * args->heads_kv * plan.rows * plan.most_splits) : 0;
@@ -300,7 +299,7 @@ static void finish_cached_row(const cache_plan *plan, int64_t b, int64_t h_kv, i
         for (int64_t d = 0; d < plan->o_stride; d += kLanes)
             v_store(o + d, v_fma(v_set1(weight), v_load(parts->o + s * plan->o_stride + d), v_load(o + d)));
     }
-    const real scale = per_head(&args->v_descale, b, h_kv, 1) * plan->v_unit;
+    const real scale = per_head(&args->v_descale, b, h_kv, 1) * plan->unit;
     store_tensor_row(&args->o, args->dtype, b, h, i, o, args->head_dim_v, sum == 0 ? 0 : scale / sum);
     if (args->lse.data)
         ((real *)args->lse.data)[fa_row_offset(&args->lse, b, h, i)] = sum == 0 ? -INFINITY : max + real_log(sum);
@@ -314,7 +313,7 @@ static void attend_task(void *arg, int64_t task, int32_t worker) {
     const cache_span span = cache_span_of(plan, b);
     if (split >= span.splits) return;
     const cache_scratch scratch = cache_scratch_at(plan, worker, NULL);
-    const real scale = (real)args->softmax_scale * per_head(&args->k_descale, b, h_kv, 1) * plan->k_unit;
+    const real scale = (real)args->softmax_scale * per_head(&args->k_descale, b, h_kv, 1) * plan->unit;
     cache_tile tile = {
         plan, &scratch, span.seq, b, h_kv, place.part % plan->tiles * plan->tile_rows, 0, 0, 0, product_scale(scale)};
     tile.n = fa_min(plan->tile_rows, plan->rows - tile.r0);
