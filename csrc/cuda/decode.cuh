@@ -30,8 +30,9 @@ struct DecodeSmem {
     typename T::Sums sums;
     typename T::Queries queries[2]; // of this line and the next
     Mbarrier queries_empty[2];      // attenders arrive, a lane of each warp; copiers wait
-    Mbarrier full[T::kStages];      // copiers arrive, each thread twice; attenders wait
-    Mbarrier empty[T::kStages];     // attenders arrive, a lane of each warp; copiers wait
+    Cursor<T::kKeys> part;
+    Mbarrier full[T::kStages];  // copiers arrive, each thread twice; attenders wait
+    Mbarrier empty[T::kStages]; // attenders arrive, a lane of each warp; copiers wait
 };
 
 // Stages in turn, and the parity of the phase that a wait is for.
@@ -93,16 +94,20 @@ __global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
     extern __shared__ __align__(1024) unsigned char shared[];
     DecodeSmem<T> &smem = *reinterpret_cast<DecodeSmem<T> *>(shared);
 
+    warm_constants(args, plan);
     let_dependents_start();
-    if (threadIdx.x < T::kStages) {
-        smem.full[threadIdx.x].init(2 * T::kCopiers);
-        smem.empty[threadIdx.x].init(T::kAttenders / 32);
-        if (threadIdx.x < 2) smem.queries_empty[threadIdx.x].init(T::kAttenders / 32);
+    Cursor<T::kKeys> turn;
+    if (threadIdx.x < 32) {
+        turn.find(args, plan, static_cast<int>(blockIdx.x));
+        if (threadIdx.x == 0) smem.part = turn;
+    } else if (threadIdx.x < 32 + T::kStages) {
+        smem.full[threadIdx.x - 32].init(2 * T::kCopiers);
+        smem.empty[threadIdx.x - 32].init(T::kAttenders / 32);
+        if (threadIdx.x < 32 + 2) smem.queries_empty[threadIdx.x - 32].init(T::kAttenders / 32);
     }
-    Cursor<T::kKeys> turn(args, plan, static_cast<int>(blockIdx.x));
+    __syncthreads(); // the part and the barriers are there
+    turn = smem.part;
     StageRing<T::kStages> ring;
-    __syncthreads(); // the barriers are initialised
-
     StageRing<2> lines;
     if (threadIdx.x < T::kCopiers) {
         typename T::Copier copier;
@@ -129,8 +134,9 @@ __global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
             if (threadIdx.x % 32 == 0) barrier.arrive();
         };
         for (bool is_first = true; turn.left > 0; is_first = false, ring.advance()) {
+            if (turn.begins_line()) attender.begin_line(args, plan, turn);
             smem.full[ring.stage].wait(ring.parity);
-            if (turn.begins_line()) attender.begin_line(smem.queries[lines.stage], args, plan, turn);
+            if (turn.begins_line()) attender.take_queries(smem.queries[lines.stage]);
             attender.attend(smem.stage[ring.stage], smem.queries[lines.stage], args, plan, turn, smem.sums, is_first);
             leave(smem.empty[ring.stage]);
             barrier_arrive(kSumsFull, kSumThreads);
@@ -172,12 +178,20 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
     const int64_t most_in_part = parts_a_line ? fa_ceil_div(turns, parts_a_line)
                                               : fa_min(fa_ceil_div(lines * turns, fa_max(blocks, 1)) + 16, turns);
     const int64_t slots = most_in_part / 16 + 2 * 3 + 2 + kLevels;
+    const bool merges_lines = parts_a_line || lines < blocks;
     const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
-    return {divisor(args->page_size), divisor(group),
-            divisor(m_blocks),        divisor(blocks),
-            static_cast<int>(rows),   static_cast<int>(args->heads_kv * m_blocks),
-            static_cast<int>(blocks), static_cast<int>(parts_a_line),
-            static_cast<int>(slots),  static_cast<int>(fa_min(rows, T::kRows)),
+    return {divisor(args->page_size),
+            divisor(group),
+            divisor(m_blocks),
+            divisor(blocks),
+            static_cast<int>(rows),
+            static_cast<int>(args->heads_kv * m_blocks),
+            static_cast<int>(blocks),
+            static_cast<int>(parts_a_line),
+            static_cast<int>(slots),
+            static_cast<int>(fa_min(rows, T::kRows)),
+            merges_lines,
+            !args->page_table || (args->page_size > 0 && args->page_size % T::kKeys == 0),
             args->softcap > 0 || args->alibi_slopes.data || args->tree_mask,
             args->workspace};
 }
@@ -204,11 +218,11 @@ static fa_status launch_decode(const fa_kvcache_args *args) {
     const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
     FA_CHECK(fa_launch("decode", decode<T>, plan.blocks, T::kThreads, sizeof(DecodeSmem<T>), stream, *args, plan));
     if (plan.blocks <= 1 || plan.parts_a_line == 1) return FA_OK; // no line is shared
-    const int64_t cuts = plan.parts_a_line ? plan.blocks / plan.parts_a_line : plan.blocks - 1;
-    const int64_t row_blocks = fa_ceil_div(plan.slot_rows * (T::kDim / 4), kMergeThreads);
+    const int64_t shared_lines = plan.merges_lines ? lines_of<T>(args) : plan.blocks - 1;
+    const int64_t row_blocks = fa_ceil_div(plan.slot_rows * T::kDim, kMergeThreads);
     return fa_launch_dependent("merging of decoded parts", decode_merge<Real, T::kDim, T::kKeys, T::kRows>,
-                               dim3(static_cast<unsigned>(cuts), static_cast<unsigned>(row_blocks)), kMergeThreads,
-                               stream, *args, plan);
+                               dim3(static_cast<unsigned>(shared_lines), static_cast<unsigned>(row_blocks)),
+                               kMergeThreads, stream, *args, plan);
 }
 
 #endif

@@ -21,9 +21,23 @@ struct DecodePlan {
     int blocks;           // parts
     int parts_a_line;     // num_splits; 0: the parts are equal
     int slots, slot_rows; // places for partial results a block has, and the rows of each
+    bool merges_lines;    // decode_merge's blocks have a line each, not a cut
+    bool turns_in_pages;  // each turn lies within a page
     bool is_modified;     // scores by softcap, slopes or tree_mask
     void *partial;        // [blocks][slots] of PartialRow rows
 };
+
+// Reads a word of each line of the parameters, all at once: one after the other, when they are first needed, each would be
+// waited for.
+__device__ __forceinline__ void warm_constants(const fa_kvcache_args &args, const DecodePlan &plan) {
+    constexpr int kLine = 64, kArgs = sizeof(fa_kvcache_args) / kLine + 1, kPlan = sizeof(DecodePlan) / kLine + 1;
+    static_assert(kArgs + kPlan <= 32);
+    const int lane = threadIdx.x % 32;
+    const int at = min(lane * kLine, static_cast<int>(sizeof(fa_kvcache_args)) - 4) / 4;
+    asm volatile("" ::"r"(reinterpret_cast<const int *>(&args)[at]));
+    const int of_plan = min(lane * kLine, static_cast<int>(sizeof(DecodePlan)) - 4) / 4;
+    asm volatile("" ::"r"(reinterpret_cast<const int *>(&plan)[of_plan]));
+}
 
 // A line's turns [first, last), counted from key 0.
 struct Turns {
@@ -47,7 +61,6 @@ struct Sequence {
 };
 
 // A line, and where its turns stand among those of all lines.
-template <int kKeys>
 struct Line {
     int b, line; // line: of sequence b
     int start;
@@ -56,8 +69,7 @@ struct Line {
     __device__ __forceinline__ int length() const { return turns.last - turns.first; }
 };
 
-// How the turns are cut. Every warp makes one for itself, once, and what happens once is to be little code: it is read from
-// memory, like the keys.
+// How the turns are cut, found out by one warp. What happens once is to be little code: it is read from memory, like the keys.
 template <int kKeys>
 class Partition {
     const fa_kvcache_args &args;
@@ -65,51 +77,84 @@ class Partition {
     int total, each, rest; // turns; a part's, and how many parts have one more
     int quantum; // a cut within a line is at a multiple of it, so that parts end where sums of 4 or 16 turns do
 
-    // The turns of sequences [b0, b0 + 32), a sequence a lane.
-    __device__ __forceinline__ int turns_of_lane(int b0) const {
-        const int b = b0 + static_cast<int>(threadIdx.x % 32);
-        if (b >= args.batch) return 0;
-        Sequence<kKeys> of;
-        of.read(args, b);
-        return of.length() * plan.lines;
-    }
+    // A lane looks at kOfLane sequences at a time, one behind the other, a warp at 32 times as many.
+    enum { kOfLane = 4 };
+    struct Lengths {
+        int of[kOfLane], sum; // turns of all their lines
+
+        __device__ __forceinline__ Lengths(const fa_kvcache_args &args, const DecodePlan &plan, int b0) : sum(0) {
+            const int b = b0 + static_cast<int>(threadIdx.x % 32) * kOfLane;
+#pragma unroll
+            for (int n = 0; n < kOfLane; ++n) {
+                Sequence<kKeys> sequence;
+                if (b + n < args.batch) sequence.read(args, b + n);
+                of[n] = b + n < args.batch ? sequence.length() * plan.lines : 0;
+                sum += of[n];
+            }
+        }
+    };
     __device__ __forceinline__ int uncut(int i) const { return i * each + min(i, rest); }
+
+    // The sequence that a turn of all lines belongs to, and the turns before it. Each lane may ask for its own: lanes 0 and 1
+    // are answered.
+    __device__ __forceinline__ void find(int turn, int &b, int &before) const {
+        const int lane = threadIdx.x % 32;
+        b = 0, before = 0;
+#pragma unroll 1
+        for (int b0 = 0, base = 0; args.batch > 1 && b0 < args.batch; b0 += 32 * kOfLane) {
+            const Lengths own(args, plan, b0);
+            int end = own.sum;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int left = __shfl_up_sync(~0u, end, step);
+                if (lane >= step) end += left;
+            }
+            end += base;
+            base = __shfl_sync(~0u, end, 31);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const int asked = __shfl_sync(~0u, turn, n);
+                int of_lane = b0 + lane * kOfLane, start = end - own.sum;
+                const unsigned behind = __ballot_sync(~0u, start <= asked && end > asked); // one lane, or none
+#pragma unroll
+                for (int m = 0; m < kOfLane - 1; ++m)
+                    if (start + own.of[m] <= asked && of_lane == b0 + lane * kOfLane + m) start += own.of[m], ++of_lane;
+                if (behind == 0) continue;
+                const int at = __ffs(static_cast<int>(behind)) - 1;
+                of_lane = __shfl_sync(~0u, of_lane, at), start = __shfl_sync(~0u, start, at);
+                if (lane == n) b = of_lane, before = start;
+            }
+        }
+    }
 
 public:
     __device__ __forceinline__ Partition(const fa_kvcache_args &args_, const DecodePlan &plan_)
         : args(args_), plan(plan_), total(0), each(0), rest(0), quantum(1) {
         if (plan.parts_a_line) return;
+        if (args.batch == 1) {
+            Sequence<kKeys> only;
+            only.read(args, 0);
+            total = only.length() * plan.lines;
+        } else {
 #pragma unroll 1
-        for (int b0 = 0; b0 < args.batch; b0 += 32) total += turns_of_lane(b0);
+            for (int b0 = 0; b0 < args.batch; b0 += 32 * kOfLane) total += Lengths(args, plan, b0).sum;
 #pragma unroll
-        for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+            for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+        }
         each = plan.blocks_divisor.quotient(total), rest = total - each * plan.blocks;
         quantum = each >= 12 ? 16 : each > 2 || (each == 2 && 2 * rest > plan.blocks) ? 4 : 1;
     }
+    __device__ __forceinline__ bool is_empty() const { return plan.parts_a_line == 0 && total == 0; }
 
-    // The line in which part i begins, or at whose end; of part `blocks`, the last one.
-    __device__ __forceinline__ Line<kKeys> line_of(int i) const {
-        Line<kKeys> line = {0, 0, 0, {0, 0}};
+    // The line in which part i begins, or at whose end; of part `blocks`, the last one. Lanes 0 and 1 may ask for two.
+    __device__ __forceinline__ Line line_of(int i) const {
+        Line line;
         const int turn = min(uncut(i), total - 1);
         if (plan.parts_a_line) {
-            const int nth = min(i / plan.parts_a_line, plan.lines * static_cast<int>(args.batch) - 1);
-            line.b = nth / plan.lines, line.line = nth % plan.lines;
-        } else if (args.batch > 1) {
-#pragma unroll 1
-            for (int b0 = 0;; b0 += 32) {
-                const int own = turns_of_lane(b0);
-                int end = own;
-#pragma unroll
-                for (int step = 1; step < 32; step *= 2) {
-                    const int before = __shfl_up_sync(~0u, end, step);
-                    if (static_cast<int>(threadIdx.x % 32) >= step) end += before;
-                }
-                const unsigned behind = __ballot_sync(~0u, line.start + end > turn);
-                const int lane = behind ? __ffs(static_cast<int>(behind)) - 1 : 31;
-                line.start += __shfl_sync(~0u, behind ? end - own : end, lane);
-                line.b = b0 + lane;
-                if (behind) break;
-            }
+            const int nth = i / plan.parts_a_line;
+            line.b = nth / plan.lines, line.line = nth % plan.lines, line.start = 0;
+        } else {
+            find(turn, line.b, line.start);
         }
         Sequence<kKeys> of;
         of.read(args, line.b);
@@ -120,8 +165,33 @@ public:
         return line;
     }
 
+    // Line `nth` of all, the same for all lanes.
+    __device__ __forceinline__ Line nth_line(int nth) const {
+        Line line = {nth / plan.lines, nth % plan.lines, 0, {0, 0}};
+        Sequence<kKeys> of;
+        of.read(args, line.b);
+        line.turns = of.turns;
+        if (plan.parts_a_line) return line;
+#pragma unroll 1
+        for (int b = static_cast<int>(threadIdx.x % 32); b < line.b; b += 32) {
+            Sequence<kKeys> before;
+            before.read(args, b);
+            line.start += before.length();
+        }
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) line.start += __shfl_xor_sync(~0u, line.start, step);
+        line.start = line.start * plan.lines + line.line * line.length();
+        return line;
+    }
+    // The part that holds the first turn of a line, before cuts are rounded.
+    __device__ __forceinline__ int first_part(const Line &line) const {
+        if (plan.parts_a_line) return (line.b * plan.lines + line.line) * plan.parts_a_line;
+        const int longer = rest * (each + 1); // turns of the parts that have one more
+        return line.start < longer ? line.start / (each + 1) : rest + (line.start - longer) / each;
+    }
+
     // Where part i begins if that is within the line: a turn of it, first to last.
-    __device__ __forceinline__ int cut(int i, const Line<kKeys> &line) const {
+    __device__ __forceinline__ int cut(int i, const Line &line) const {
         int turns = i >= plan.blocks ? line.length() : uncut(i) - line.start;
         if (plan.parts_a_line) {
             const int nth = i - (line.b * plan.lines + line.line) * plan.parts_a_line;
@@ -133,7 +203,6 @@ public:
         const int at = (line.turns.first + turns + quantum / 2) & -quantum;
         return min(max(at, line.turns.first), line.turns.last);
     }
-    __device__ __forceinline__ bool is_empty() const { return plan.parts_a_line == 0 && total == 0; }
 };
 
 // A worker's way through its block's part.
@@ -144,23 +213,21 @@ struct Cursor {
     int turn, part_begin; // part_begin: of the line's turns in this part
     int left;             // turns of the part, this one included
 
-    __device__ __forceinline__ Cursor(const fa_kvcache_args &args, const DecodePlan &plan, int part) {
+    // By a whole warp.
+    __device__ __forceinline__ void find(const fa_kvcache_args &args, const DecodePlan &plan, int part) {
         const Partition<kKeys> partition(args, plan);
-        int line = 0;
         left = 0;
         if (partition.is_empty()) return;
-#pragma unroll 1
-        for (int n = 1; n >= 0; --n) { // where the next part begins, then this one
-            const Line<kKeys> at = partition.line_of(plan.parts_a_line ? part : part + n);
-            const int cut = partition.cut(part + n, at);
-            const int global = at.start + cut - at.turns.first;
-            left = n ? global : left - global;
-            b = at.b, line = at.line, turn = cut;
-        }
+        // Lane 0 looks where this part begins, lane 1 where the next one does. With parts of one line both are in that line.
+        const int next = threadIdx.x % 32 == 1;
+        const Line line = partition.line_of(plan.parts_a_line ? part : part + next);
+        const int cut = partition.cut(part + next, line), place = line.start + cut - line.turns.first;
+        left = __shfl_sync(~0u, place, 1) - __shfl_sync(~0u, place, 0);
+        b = __shfl_sync(~0u, line.b, 0), turn = part_begin = __shfl_sync(~0u, cut, 0);
+        const int of_b = __shfl_sync(~0u, line.line, 0);
         if (left <= 0) return;
         of.read(args, b);
-        head = plan.m_blocks.quotient(line), m_block = line - head * static_cast<int>(plan.m_blocks.value);
-        part_begin = turn;
+        head = plan.m_blocks.quotient(of_b), m_block = of_b - head * static_cast<int>(plan.m_blocks.value);
         if (turn == of.turns.last) next_line(args, plan);
     }
     __device__ __forceinline__ bool begins_line() const { return turn == part_begin; } // in this block

@@ -59,13 +59,13 @@ struct QueryRow {
         : i(plan.group.quotient(row)), h((head - i) * static_cast<int>(plan.group.value) + row) {}
 };
 
-// Four columns of a row's result, from col on: o = O / l, lse = m + ln l, with the sink.
-template <typename Real>
-__device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<Real> part, int b, int head_kv,
+// Some columns of a row's result, from col on: o = O / l, lse = m + ln l, with the sink.
+template <typename Real, int kColumns>
+__device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<Real, kColumns> part, int b, int head_kv,
                                              const QueryRow &row, int col) {
     constexpr Real kLog2E = Real(1.44269504088896340736), kLn2 = Real(0.69314718055994530942);
     if (args.sinks.data) {
-        Part<Real> sink = {load_per_head<Real>(args.sinks, 0, row.h) * kLog2E, 1, {}};
+        const Part<Real, kColumns> sink = {load_per_head<Real>(args.sinks, 0, row.h) * kLog2E, 1, {}};
         if (sink.max != -infinity(Real())) part.fold(sink);
     }
     const Real scale = part.sum == 0 ? Real(0) : descale_of(args.v_descale, b, head_kv) / part.sum; // a NaN stays one
@@ -75,16 +75,19 @@ __device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<R
         store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32,
               fa_row_offset(&args.lse, b, row.h, row.i),
               part.sum == 0 ? -infinity(Real()) : (part.max + log2_of(part.sum)) * kLn2);
-    char *to = static_cast<char *>(args.o.data) + at * fa_dtype_bytes(args.dtype);
-    if (fa_dtype_bytes(args.dtype) == 2 && col + 4 <= width && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-        *reinterpret_cast<uint2 *>(to) =
-            make_uint2(pack(float(part.o[0] * scale), float(part.o[1] * scale), args.dtype),
-                       pack(float(part.o[2] * scale), float(part.o[3] * scale), args.dtype));
-        return;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) part.o[c] *= scale;
+    if constexpr (kColumns == 4) {
+        char *to = static_cast<char *>(args.o.data) + at * fa_dtype_bytes(args.dtype);
+        if (fa_dtype_bytes(args.dtype) == 2 && col + 4 <= width && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+            *reinterpret_cast<uint2 *>(to) = make_uint2(pack(float(part.o[0]), float(part.o[1]), args.dtype),
+                                                        pack(float(part.o[2]), float(part.o[3]), args.dtype));
+            return;
+        }
     }
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-        if (col + c < width) store(args.o.data, args.dtype, at + c, part.o[c] * scale);
+    for (int c = 0; c < kColumns; ++c)
+        if (col + c < width) store(args.o.data, args.dtype, at + c, part.o[c]);
 }
 
 // ---- partial results -----------------------------------------------------------------------------------------------------
@@ -106,13 +109,8 @@ struct Slot {
             for (int n = 0; n < kVec<Real>; ++n) vec.x[n] = part.o[c + n];
             *reinterpret_cast<Vec<Real> *>(to + c) = vec;
         }
-        Real *of_row = rows + plan.slot_rows * kDim + row * 4;
-        if (col == 0) of_row[0] = part.max, of_row[1] = part.sum;
-    }
-    __device__ __forceinline__ Part<Real> load_part(const DecodePlan &plan, int row, int col) const {
-        const Real *from = rows + row * kDim + col, *of_row = rows + plan.slot_rows * kDim + row * 4;
-        const Vec<Real> left = vec_at(from), right = vec_at(from + 4 - kVec<Real>);
-        return {of_row[0], of_row[1], {left.x[0], left.x[1], right.x[kVec<Real> - 2], right.x[kVec<Real> - 1]}};
+        Real *max_and_sum = rows + plan.slot_rows * kDim + row * 4;
+        if (col == 0) max_and_sum[0] = part.max, max_and_sum[1] = part.sum;
     }
 };
 __device__ __forceinline__ int first_slot(const DecodePlan &plan, bool begins_within) {

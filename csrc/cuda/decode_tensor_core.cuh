@@ -24,7 +24,7 @@ struct TensorCoreDecode {
     static constexpr int kDim = kDim_, kStages = kStages_, kRows = 16, kKeys = kDim > 128 ? 32 : 64;
     static constexpr int kCopiers = 128, kAttenders = 128, kFolders = kDim > 64 ? 256 : 128; // threads
     static constexpr int kThreads = kCopiers + kAttenders + kFolders;
-    static constexpr int kRegisters = 53 * 1024 / kThreads / 8 * 8; // a thread's: decode_merge's blocks fit beside
+    static constexpr int kRegisters = 57 * 1024 / kThreads / 8 * 8; // a thread's: decode_merge's blocks fit beside
     static constexpr int kKeyWarps = kKeys / 16, kSlice = kDim / (kAttenders / 32 / kKeyWarps); // columns a warp makes
     static constexpr int kChunks = kRows * kDim / 4 / kFolders;
 
@@ -41,7 +41,7 @@ struct TensorCoreDecode {
     struct Copier {
         using Tile = SwizzledTile<Cache, kKeys, kDim>;
         static constexpr int kRowsAtOnce = kCopiers / Tile::kColumns, kCopies = kKeys / kRowsAtOnce;
-        int page[kCopies];
+        int page[kCopies]; // of each key; of the first alone where a turn lies within a page
 
         __device__ __forceinline__ int row() const { return static_cast<int>(threadIdx.x) / Tile::kColumns; }
         __device__ __forceinline__ int column() const { return static_cast<int>(threadIdx.x) % Tile::kColumns; }
@@ -49,41 +49,63 @@ struct TensorCoreDecode {
         // Reads the pages of a turn, one turn before they are needed.
         __device__ __forceinline__ void look_up(const fa_kvcache_args &args, const DecodePlan &plan,
                                                 const Cursor<kKeys> &turn) {
-            const int32_t *table = args.page_table ? args.page_table + turn.b * args.page_table_stride : nullptr;
+            page[0] = turn.b;
+            if (!args.page_table) return;
+            const int32_t *table = args.page_table + turn.b * args.page_table_stride;
+            const int token0 = turn.turn * kKeys;
+            if (plan.turns_in_pages) {
+                page[0] = token0 < turn.of.seq.len_k ? table[plan.page_size.quotient(token0)] : -1;
+                return;
+            }
 #pragma unroll
             for (int n = 0; n < kCopies; ++n) {
-                const int token = turn.turn * kKeys + row() + n * kRowsAtOnce;
-                page[n] = table && token < turn.of.seq.len_k ? table[plan.page_size.quotient(token)] : turn.b;
+                const int token = token0 + row() + n * kRowsAtOnce;
+                page[n] = token < turn.of.seq.len_k ? table[plan.page_size.quotient(token)] : -1;
             }
         }
 
         __device__ __forceinline__ void copy(Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
                                              const Cursor<kKeys> &turn) const {
+            const fa_tensor &k_cache = args.k_cache, &v_cache = args.v_cache;
             const int token0 = turn.turn * kKeys + row();
             const int old_end = args.k.data ? min(turn.of.seq.start, turn.of.seq.len_k) : turn.of.seq.len_k;
-            const bool in_k = column() * Tile::kPerColumn < args.head_dim;
-            const bool in_v = column() * Tile::kPerColumn < args.head_dim_v;
-            const char *k = static_cast<const char *>(args.k_cache.data) + column() * 16;
-            const char *v = static_cast<const char *>(args.v_cache.data) + column() * 16;
-            int64_t at[kCopies];
-            bool is_old[kCopies];
+            // Token token0 + n is read iff at + n < span, without signs.
+            const int at = token0 - turn.of.lo;
+            const unsigned span = max(old_end - turn.of.lo, 0);
+            const unsigned k_span = column() * Tile::kPerColumn < args.head_dim ? span : 0;
+            const unsigned v_span = column() * Tile::kPerColumn < args.head_dim_v ? span : 0;
+            const auto address = [&](const fa_tensor &cache, int page_of, int row_of) {
+                const int64_t offset = page_of * cache.stride_b + turn.head * cache.stride_h + row_of * cache.stride_l;
+                return static_cast<const char *>(cache.data) + offset * static_cast<int>(sizeof(Cache)) + column() * 16;
+            };
+            const auto exists = [&](int page_of) {
+                return static_cast<unsigned>(page_of) < static_cast<unsigned>(args.pages);
+            };
+            const auto row_in_page = [&](int token) {
+                return token - plan.page_size.quotient(token) * static_cast<int>(plan.page_size.value);
+            };
+            if (plan.turns_in_pages) {
+                const bool has_page = exists(page[0]);
+                const int row_of = row_in_page(turn.turn * kKeys) + row();
+                const auto copy_tile = [&](Tile &tile, const fa_tensor &cache, unsigned of) {
+                    const char *from = address(cache, page[0], row_of);
+                    const int64_t step = cache.stride_l * static_cast<int>(kRowsAtOnce * sizeof(Cache));
 #pragma unroll
-            for (int n = 0; n < kCopies; ++n) {
-                const int token = token0 + n * kRowsAtOnce, nth = plan.page_size.quotient(token);
-                is_old[n] = token >= turn.of.lo && token < old_end && page[n] >= 0 && page[n] < args.pages;
-                at[n] = token - nth * static_cast<int>(plan.page_size.value);
-            }
-            const auto copy_tile = [&](Tile &tile, const fa_tensor &cache, const char *from, bool in_row) {
-                from += turn.head * cache.stride_h * static_cast<int64_t>(sizeof(Cache));
+                    for (int n = 0; n < kCopies; ++n, from += step)
+                        cp_async_16(tile.at(row() + n * kRowsAtOnce, column()), from,
+                                    static_cast<unsigned>(at + n * kRowsAtOnce) < (has_page ? of : 0));
+                };
+                copy_tile(stage.k, k_cache, k_span);
+                copy_tile(stage.v, v_cache, v_span);
+            } else {
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n) {
-                    const int64_t offset = page[n] * cache.stride_b + at[n] * cache.stride_l;
-                    cp_async_16(tile.at(row() + n * kRowsAtOnce, column()),
-                                from + offset * static_cast<int64_t>(sizeof(Cache)), is_old[n] && in_row);
+                    const int r = row() + n * kRowsAtOnce, row_of = row_in_page(token0 + n * kRowsAtOnce);
+                    const unsigned place = exists(page[n]) ? at + n * kRowsAtOnce : ~0u;
+                    cp_async_16(stage.k.at(r, column()), address(k_cache, page[n], row_of), place < k_span);
+                    cp_async_16(stage.v.at(r, column()), address(v_cache, page[n], row_of), place < v_span);
                 }
-            };
-            copy_tile(stage.k, args.k_cache, k, in_k);
-            copy_tile(stage.v, args.v_cache, v, in_v);
+            }
             if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new_tokens(&stage, &args, turn);
         }
 
@@ -125,22 +147,21 @@ struct TensorCoreDecode {
 #pragma unroll 1
             for (int n = static_cast<int>(threadIdx.x); n < kRows * kColumns; n += kCopiers) {
                 const int row = n / kColumns, column = n % kColumns;
-                uint4 words = make_uint4(0, 0, 0, 0);
-                if (row < turn.rows(plan, kRows) && column * 8 < args.head_dim) {
-                    const QueryRow of(plan, turn.head, turn.row0(kRows) + row);
-                    const int64_t at = fa_row_offset(&args.q, turn.b, of.h, of.i);
-                    if (args.rotary.cos) {
-                        float x[8];
-                        load_rotated(x, args, args.q, at, column * 8, static_cast<int>(args.head_dim), true,
-                                     turn.of.seq.start + of.i);
-                        words = make_uint4(M::round_pair(x[0], x[1]), M::round_pair(x[2], x[3]),
-                                           M::round_pair(x[4], x[5]), M::round_pair(x[6], x[7]));
-                    } else {
-                        words = *reinterpret_cast<const uint4 *>(static_cast<const Element *>(args.q.data) + at +
-                                                                 column * 8);
-                    }
+                const bool is_there = row < turn.rows(plan, kRows) && column * 8 < args.head_dim;
+                const QueryRow of(plan, turn.head, turn.row0(kRows) + (is_there ? row : 0));
+                const int64_t at = fa_row_offset(&args.q, turn.b, of.h, of.i);
+                if (!args.rotary.cos) {
+                    cp_async_16(queries.at(row, column), static_cast<const Element *>(args.q.data) + at + column * 8,
+                                is_there);
+                    continue;
                 }
-                *reinterpret_cast<uint4 *>(queries.at(row, column)) = words;
+                float x[8] = {};
+                if (is_there)
+                    load_rotated(x, args, args.q, at, column * 8, static_cast<int>(args.head_dim), true,
+                                 turn.of.seq.start + of.i);
+                *reinterpret_cast<uint4 *>(queries.at(row, column)) =
+                    make_uint4(M::round_pair(x[0], x[1]), M::round_pair(x[2], x[3]), M::round_pair(x[4], x[5]),
+                               M::round_pair(x[6], x[7]));
             }
         }
     };
@@ -151,8 +172,8 @@ struct TensorCoreDecode {
         float slope[2], unit; // unit: what a product is times in scores
         typename M::A q[kDim <= 128 ? kDim / 16 : 1];
 
-        __device__ __forceinline__ void begin_line(Queries &queries, const fa_kvcache_args &args,
-                                                   const DecodePlan &plan, const Cursor<kKeys> &turn) {
+        __device__ __forceinline__ void begin_line(const fa_kvcache_args &args, const DecodePlan &plan,
+                                                   const Cursor<kKeys> &turn) {
             rows = turn.rows(plan, kRows);
             const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -166,6 +187,8 @@ struct TensorCoreDecode {
             }
             unit = static_cast<float>(args.softmax_scale) * descale_of(args.k_descale, turn.b, turn.head);
             if (!plan.is_modified) unit *= kLog2E;
+        }
+        __device__ __forceinline__ void take_queries(Queries &queries) {
             if constexpr (kDim <= 128)
 #pragma unroll
                 for (int d = 0; d < kDim / 16; ++d) load_q(q[d], queries, d);
@@ -178,6 +201,9 @@ struct TensorCoreDecode {
             const int key_warp = warp % kKeyWarps, slice = warp / kKeyWarps;
             float acc_s[2][4];
             make_scores(acc_s, stage, queries, key_warp);
+            const auto place = place_v(stage, key_warp, slice);
+            Values values; // the first are read under the softmax
+            values.load(place, 0);
 
             const int key0 = turn.turn * kKeys + key_warp * 16 + lane % 4 * 2;
             float most[2] = {-infinity(0.0f), -infinity(0.0f)}, sum[2] = {};
@@ -212,7 +238,13 @@ struct TensorCoreDecode {
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     sums.of_row[key_warp][lane / 4 + 8 * half] = make_float2(most[half], sum[half]);
-            multiply_values(sums, stage, p[0], key_warp, slice);
+            float *to = &sums.o[key_warp][0][slice * kSlice];
+#pragma unroll
+            for (int n = 0; n < kSlice; n += 64) {
+                const Values now = values;
+                if (n + 64 < kSlice) values.load(place, n + 64);
+                multiply_values(to + n, p[0], now);
+            }
         }
 
     private:
@@ -297,51 +329,62 @@ struct TensorCoreDecode {
                 for (int c = 0; c < 4; ++c) acc_s[j][c] = acc[0][j][c] + acc[1][j][c];
         }
 
-        // O of 16 keys, to shared memory: rows g and g + 8 of a slice of columns.
-        __device__ __forceinline__ void multiply_values(Sums &sums, Stage &stage, const typename M::A &p, int key_warp,
-                                                        int slice) const {
+        // Where a lane reads V of this warp's keys and columns.
+        static __device__ __forceinline__ auto place_v(Stage &stage, int key_warp, int slice) {
+            const int lane = threadIdx.x % 32;
+            if constexpr (kIsFloat8) // columns of 16 bytes hold 16 elements, of which ldmatrix sees pairs
+                return LanePlace(stage.v, key_warp * 16 + lane % 16, slice * kSlice / 16 + lane / 16);
+            else
+                return M::place_b_transposed(stage.v, key_warp * 16, slice * kSlice / 8);
+        }
+
+        // Operands of 64 columns, from column n on, as they lie in shared memory.
+        struct Values {
+            uint32_t words[kIsFloat8 ? 2 : 4][4];
+            template <typename Place>
+            __device__ __forceinline__ void load(const Place &place, int n) {
+#pragma unroll
+                for (int m = 0; m < (kIsFloat8 ? 2 : 4); ++m)
+                    ldmatrix_4_transposed(words[m], place.at(0, kIsFloat8 ? n / 16 + 2 * m : n / 8 + 2 * m));
+            }
+        };
+
+        // O of 16 keys and 64 columns, to shared memory: rows g and g + 8.
+        __device__ __forceinline__ void multiply_values(float *sums, const typename M::A &p,
+                                                        const Values &values) const {
             const int lane = threadIdx.x % 32, row = lane / 4;
-            const auto store = [&](int half, int col, auto value) {
-                if (row + 8 * half < rows)
-                    *reinterpret_cast<decltype(value) *>(&sums.o[key_warp][row + 8 * half][slice * kSlice + col]) =
-                        value;
-            };
-            const auto place_v = [&] {
-                if constexpr (kIsFloat8) // columns of 16 bytes hold 16 elements, of which ldmatrix sees pairs
-                    return LanePlace(stage.v, key_warp * 16 + lane % 16, slice * kSlice / 16 + lane / 16);
-                else
-                    return M::place_b_transposed(stage.v, key_warp * 16, slice * kSlice / 8);
-            }();
+            float acc[8][4] = {};
+            if constexpr (kIsFloat8) {
+                // Keys 0 - 7, 8 - 15 of 16 columns, of the next 16: even columns and odd ones.
+                const auto pick = [&](uint32_t word, unsigned bytes) { return convert(__byte_perm(word, 0, bytes)); };
 #pragma unroll
-            for (int n = 0; n < kSlice; n += kIsFloat8 ? 32 : 16) {
+                for (int m = 0; m < 8; ++m) {
+                    const uint32_t (&words)[4] = values.words[m / 4];
+                    const uint32_t upper = words[m / 2 % 2 * 2], lower = words[m / 2 % 2 * 2 + 1];
+                    const unsigned bytes = m % 2 ? 0x31 : 0x20;
+                    M::multiply(acc[m], p, {{pick(upper, bytes), pick(lower, bytes)}});
+                }
+            } else {
+#pragma unroll
+                for (int m = 0; m < 8; ++m) {
+                    const uint32_t (&words)[4] = values.words[m / 2];
+                    M::multiply(acc[m], p, {{words[m % 2 * 2], words[m % 2 * 2 + 1]}});
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if (row + 8 * half >= rows) continue;
+                float *to = sums + (row + 8 * half) * (kDim + 8);
                 if constexpr (kIsFloat8) {
-                    uint32_t words[4]; // keys 0 - 7, 8 - 15 of 16 columns; of the next 16
-                    ldmatrix_4_transposed(words, place_v.at(0, n / 16));
 #pragma unroll
-                    for (int m = 0; m < 2; ++m) {
-                        float even[4] = {}, odd[4] = {};
-                        const auto pick = [&](uint32_t word, unsigned bytes) {
-                            return convert(__byte_perm(word, 0, bytes));
-                        };
-                        const uint32_t upper = words[2 * m], lower = words[2 * m + 1];
-                        M::multiply(even, p, {{pick(upper, 0x20), pick(lower, 0x20)}});
-                        M::multiply(odd, p, {{pick(upper, 0x31), pick(lower, 0x31)}});
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            store(half, n + 16 * m + lane % 4 * 4,
-                                  make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]));
-                    }
+                    for (int m = 0; m < 8; m += 2)
+                        *reinterpret_cast<float4 *>(to + 8 * m + lane % 4 * 4) = make_float4(
+                            acc[m][2 * half], acc[m + 1][2 * half], acc[m][2 * half + 1], acc[m + 1][2 * half + 1]);
                 } else {
-                    typename M::B value[2];
-                    M::load_b_transposed(value, place_v, 0, n);
 #pragma unroll
-                    for (int m = 0; m < 2; ++m) {
-                        float acc[4] = {};
-                        M::multiply(acc, p, value[m]);
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            store(half, n + 8 * m + lane % 4 * 2, make_float2(acc[2 * half], acc[2 * half + 1]));
-                    }
+                    for (int m = 0; m < 8; ++m)
+                        *reinterpret_cast<float2 *>(to + 8 * m + lane % 4 * 2) =
+                            make_float2(acc[m][2 * half], acc[m][2 * half + 1]);
                 }
             }
         }

@@ -26,10 +26,10 @@ __device__ __forceinline__ double log2_of(double x) { return log2(x); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return __fma_rn(a, b, c); }
 
-// Four columns of O and their row's m (of scores times log2 e) and l.
-template <typename Real>
+// Some columns of O and their row's m (of scores times log2 e) and l.
+template <typename Real, int kColumns = 4>
 struct Part {
-    Real max, sum, o[4];
+    Real max, sum, o[kColumns];
 
     static __device__ __forceinline__ Part empty() { return {-infinity(Real()), 0, {}}; }
     // e^(m - shift), where no key has been seen 0.
@@ -40,7 +40,7 @@ struct Part {
         const Real own = exp2_of(max - shift), other = exp2_of(right.max - shift);
         sum = fma_of(right.sum, other, product(sum, own));
 #pragma unroll
-        for (int c = 0; c < 4; ++c) o[c] = fma_of(right.o[c], other, product(o[c], own));
+        for (int c = 0; c < kColumns; ++c) o[c] = fma_of(right.o[c], other, product(o[c], own));
         max = most;
     }
 };
@@ -77,15 +77,16 @@ struct Records {
 };
 
 // A thread's own entries of the sums under way, one of each level.
-template <typename Real, int kChunks>
+template <typename Real, int kChunks, int kColumns = 4>
 struct Tree {
-    Part<Real> state[kLevels][kChunks];
+    using Parts = Part<Real, kColumns>[kChunks];
+    Parts state[kLevels];
 
     // Takes turns [begin, end) of a node of kLevel, its first `chunks` parts. tell(kLevel, parts): the node's parent is not all in this block's part,
     // which begins at part_begin. Returns whether the line is complete, in state[kLevels - 1].
     template <int kLevel = 0, typename Tell>
-    __device__ __forceinline__ bool push(const Part<Real> (&node)[kChunks], int chunks, int begin, int end,
-                                         const Turns &line, int part_begin, const Tell &tell) {
+    __device__ __forceinline__ bool push(const Parts &node, int chunks, int begin, int end, const Turns &line,
+                                         int part_begin, const Tell &tell) {
         const Turns parent = parent_of(kLevel, begin, line);
         if (parent.first < part_begin) {
             tell(node);
