@@ -27,6 +27,12 @@ size_t fa_cuda_tensor_core_decode_bytes(const fa_kvcache_args *args);
 fa_status fa_cuda_tensor_core_decode(const fa_kvcache_args *args);
 bool fa_cuda_tensor_core_decode_fits(const fa_kvcache_args *args); // the device
 
+// prefill.cu: whether a call's queries are so many that the forward kernels serve it, and what these are then asked for.
+bool fa_cuda_prefills(const fa_kvcache_args *args);
+fa_forward_args fa_cuda_prefill_forward(const fa_kvcache_args *args);
+size_t fa_cuda_prefill_bytes(const fa_kvcache_args *args, bool on_tensor_cores);
+fa_status fa_cuda_prefill(const fa_kvcache_args *args, bool on_tensor_cores);
+
 enum { kMaxTensorCoreDim = 256, kMaxTensorCoreDimF32 = 128 }; // widest tiles
 enum { kMaxTensorCoreLength = INT32_MAX - 1024 };             // rows are counted in int32, and a tile beyond
 

@@ -170,7 +170,6 @@ struct TensorCoreDecode {
         // Of this lane's rows g and g + 8: keys that they see, the query they are.
         int lo[2], hi[2], query[2], rows;
         float slope[2], unit; // unit: what a product is times in scores
-        typename M::A q[kDim <= 128 ? kDim / 16 : 1];
 
         __device__ __forceinline__ void begin_line(const fa_kvcache_args &args, const DecodePlan &plan,
                                                    const Cursor<kKeys> &turn) {
@@ -187,11 +186,6 @@ struct TensorCoreDecode {
             }
             unit = static_cast<float>(args.softmax_scale) * descale_of(args.k_descale, turn.b, turn.head);
             if (!plan.is_modified) unit *= kLog2E;
-        }
-        __device__ __forceinline__ void take_queries(Queries &queries) {
-            if constexpr (kDim <= 128)
-#pragma unroll
-                for (int d = 0; d < kDim / 16; ++d) load_q(q[d], queries, d);
         }
 
         __device__ __forceinline__ void attend(Stage &stage, Queries &queries, const fa_kvcache_args &args,
@@ -273,14 +267,6 @@ struct TensorCoreDecode {
                 M::load_a(a, M::place_a(queries), 0, d * 16);
             }
         }
-        __device__ __forceinline__ typename M::A q_of(Queries &queries, int d) const {
-            typename M::A a;
-            if constexpr (kDim <= 128)
-                a = q[d];
-            else
-                load_q(a, queries, d);
-            return a;
-        }
 
         // Two e4m3 of a word's lower half as two Elements.
         static __device__ __forceinline__ uint32_t convert(uint32_t pair) {
@@ -303,7 +289,8 @@ struct TensorCoreDecode {
             }();
 #pragma unroll
             for (int d = 0; d < kDim / 16; d += 2) {
-                const typename M::A a[2] = {q_of(queries, d), q_of(queries, d + 1)};
+                typename M::A a[2];
+                load_q(a[0], queries, d), load_q(a[1], queries, d + 1);
                 typename M::B key[2][2]; // of each step: 8 keys, the next 8
                 if constexpr (kIsFloat8) {
 #pragma unroll

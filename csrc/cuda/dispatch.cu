@@ -36,9 +36,13 @@ static void refuse_tensor_core(const fa_forward_args *args, const fa_backward_ar
         fa_add_reason(reasons, "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses)");
 }
 
-static void refuse_tensor_core_decode(const fa_kvcache_args *args, fa_reasons *reasons) {
+static void refuse_tensor_core_kvcache(const fa_kvcache_args *args, fa_reasons *reasons) {
     const bool has_16_bits = fa_dtype_bytes(args->dtype) == 2;
     if (!has_16_bits) fa_add_reason(reasons, "takes float16 and bfloat16 queries, not %s", fa_dtype_name(args->dtype));
+    if (has_16_bits && fa_cuda_prefills(args)) {
+        const fa_forward_args forward = fa_cuda_prefill_forward(args);
+        return refuse_tensor_core(&forward, nullptr, reasons);
+    }
     const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
     if (dim > kMaxTensorCoreDim)
         fa_add_reason(reasons, "takes head_dim up to %d, not %lld", kMaxTensorCoreDim, static_cast<long long>(dim));
@@ -49,11 +53,23 @@ static void refuse_tensor_core_decode(const fa_kvcache_args *args, fa_reasons *r
     const int64_t bytes = fa_dtype_bytes(args->cache_dtype);
     if (!has_vectors(args->k_cache, args->head_dim, bytes) || !has_vectors(args->v_cache, args->head_dim_v, bytes) ||
         !has_vectors(args->q, args->head_dim, fa_dtype_bytes(args->dtype)))
-        fa_add_reason(reasons, "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses of q and "
-                               "the caches)");
+        fa_add_reason(reasons,
+                      "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses of q and "
+                      "the caches)");
     if (reasons->used == 0 && !fa_cuda_tensor_core_decode_fits(args))
         fa_add_reason(reasons, "needs more shared memory than this device has");
 }
+
+// Many queries go through the forward's kernels, few through those that read the cache once.
+#define CUDA_KVCACHE(NAME, ON_TENSOR_CORES)                                                                            \
+    static size_t NAME##_kvcache_bytes(const fa_kvcache_args *args) {                                                  \
+        return fa_cuda_prefills(args) ? fa_cuda_prefill_bytes(args, ON_TENSOR_CORES)                                   \
+                                      : fa_cuda_##NAME##_decode_bytes(args);                                           \
+    }                                                                                                                  \
+    static fa_status NAME##_kvcache(const fa_kvcache_args *args) {                                                     \
+        return fa_cuda_prefills(args) ? fa_cuda_prefill(args, ON_TENSOR_CORES) : fa_cuda_##NAME##_decode(args);        \
+    }
+CUDA_KVCACHE(tensor_core, true)
 
 // Packed sequences are no longer than their tensor, whatever max_seqlen says: grids and workspaces follow the shorter.
 static fa_forward_args cut(const fa_forward_args *args) {
@@ -105,9 +121,9 @@ static const fa_kernel kRows[] = {
      tensor_core_forward,
      tensor_core_backward_bytes,
      tensor_core_backward,
-     refuse_tensor_core_decode,
-     fa_cuda_tensor_core_decode_bytes,
-     fa_cuda_tensor_core_decode}, // mma.sync
+     refuse_tensor_core_kvcache,
+     tensor_core_kvcache_bytes,
+     tensor_core_kvcache}, // mma.sync
     {{FA_FUSED, FA_CUDA, "fused"},
      nullptr,
      fused_forward_bytes,
