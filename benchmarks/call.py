@@ -21,6 +21,7 @@ class Call:
         self.implementation = implementation
         self.context = implementation.context
         self.d_o = inputs.d_o
+        self.on_cuda = inputs.d_o.is_cuda
         self._attention = implementation.varlen if problem.case.packed else implementation.attention
         # What is not differentiated does not ask for it. A forward with extra gradients is one of training: it does,
         # because what it asks for decides which kernels can serve it.

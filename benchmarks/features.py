@@ -168,7 +168,8 @@ def plot(frame: pandas.DataFrame, folder: Path) -> list[Path]:
     title = f"What features cost: {_sizes(frame)}\n{plots.where(frame)}"
     fig, panels = plots.figure(len(passes), 1, title=title, panel=(12.5, 3.3))
     for axes, (direction, rows) in zip(panels, passes, strict=True):
-        plots.bars(axes, rows, "feature")
+        speeds, unit = throughput(rows)
+        plots.bars(axes, rows.assign(speed=speeds), "feature", "speed", ylabel=unit)
         axes.set_title(plots.PASS_TITLES[direction])
     return [plots.save(fig, folder / "features.png")]
 

@@ -115,7 +115,7 @@ def _batch(call: Call, count: int) -> float:
     """Microseconds of one call."""
     with call.context():
         seconds = timeit.timeit(call, number=count)  # without garbage collection
-    if call.d_o.is_cuda:
+    if call.on_cuda:
         torch.cuda.synchronize()
     return seconds / count * 1e6
 

@@ -106,11 +106,12 @@ def _log2_ticks(axes: Axes, values: Sequence[int]) -> None:
     if len(values) == 0:
         return
     axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [_short(value) for value in values])
+    axes.set_xticks(values, [short(value) for value in values])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _short(value: int) -> str:
+def short(value: int) -> str:
+    """4096 as 4k."""
     return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
 
 
@@ -138,26 +139,29 @@ def speed(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:
     lines(axes, frame.assign(speed=values), x, "speed", log_y=far_apart, ylabel=unit, xlabel=xlabel)
 
 
-def bars(axes: Axes, frame: pandas.DataFrame, groups: str) -> None:
-    """Speeds: a group of bars for each value of a column, in it a bar for each implementation."""
-    values, unit = throughput(frame)
+def bars(axes: Axes, frame: pandas.DataFrame, groups: str, y: str, *, ylabel: str, series: str = "impl") -> None:
+    """A group of bars for each value of a column, in it a bar for each implementation, or in greys for each value of
+    `series`."""
     places = {group: place for place, group in enumerate(frame[groups].unique())}
-    impls = frame["impl"].unique()
-    width = _GROUP_WIDTH / len(impls)
-    for n, impl in enumerate(impls):
-        is_impl = frame["impl"] == impl
+    by_group = frame.groupby(groups)
+    count = by_group[y].transform("size")
+    width = _GROUP_WIDTH / count.max()
+    x = frame[groups].map(places) + (by_group.cumcount() + 0.5 - count / 2) * width
+    names = frame[series].unique()
+    for n, name in enumerate(names):
+        is_name = frame[series] == name
         axes.bar(
-            frame.loc[is_impl, groups].map(places) + (n + 0.5) * width - _GROUP_WIDTH / 2,
-            values[is_impl],
+            x[is_name],
+            frame.loc[is_name, y],
             width,
-            label=impl,
-            color=_STYLES[impl][0],
-            alpha=1 if impl in OURS else 0.75,
+            label=name,
+            color=_STYLES[name][0] if series == "impl" else str(0.2 + 0.6 * n / len(names)),
+            alpha=0.75 if series == "impl" and name not in OURS else 1,
         )
     axes.set_xticks(range(len(places)), places, rotation=25, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.6, len(places) - 0.4)
     axes.grid(visible=False, axis="x")
-    axes.set_ylabel(unit)
+    axes.set_ylabel(ylabel)
 
 
 def bandwidth(axes: Axes, frame: pandas.DataFrame, x: str, xlabel: str) -> None:

@@ -40,7 +40,7 @@ def shape_texts(frame: pandas.DataFrame) -> tuple[str, pandas.Series]:
             "heads": "H" + heads.where(heads == heads_kv, heads + ":" + heads_kv),
             "length": "L" + lengths.where(lengths == lengths_k, lengths + "x" + lengths_k),
             "head_dim": "D" + frame["head_dim"].astype(str),
-            "mask": frame["causal"].map({True: "causal", False: "full"}),
+            "mask": frame["causal"].map({True: "causal", False: "full"}) if "causal" in frame else "",
         }
     )
     shared = [name for name in parts if name != "length" and parts[name].nunique() == 1]

@@ -13,10 +13,10 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
-
-from .call import Call
 
 WARM_UP_CALLS = 5
 MIN_SAMPLES, GOOD_SAMPLES, MAX_SAMPLES = 3, 20, 500
@@ -25,6 +25,16 @@ GRAPH_BELOW_MS, GRAPH_CALLS = 0.2, 20
 FLUSHES = 10  # as many as keep the device busy while the host queues the call, autograd included
 
 Sampler = Callable[[], float]  # -> ms of one call
+
+
+class Timed(Protocol):
+    """What is timed: call.Call, cache_problem.CacheCall."""
+
+    on_cuda: bool
+    can_be_captured: bool
+    context: Callable[[], AbstractContextManager[Any]]  # to be called within
+
+    def __call__(self) -> object: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +54,7 @@ def use_device(device: str) -> None:
         torch.cuda.set_stream(torch.cuda.Stream())
 
 
-def time_calls(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing | Exception]:
+def time_calls(calls: Mapping[str, Timed], seconds: float) -> dict[str, Timing | Exception]:
     """Each call (run before, once) is sampled for `seconds`, what is around the timed region included, or until
     GOOD_SAMPLES are in; at least MIN_SAMPLES are.
 
@@ -60,7 +70,7 @@ def time_calls(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing | 
 class _Samples:
     """The samples of one call."""
 
-    def __init__(self, call: Call, seconds: float) -> None:
+    def __init__(self, call: Timed, seconds: float) -> None:
         self._call, self._seconds = call, seconds
         self._ms: list[float] = []
         self._spent_s = 0.0
@@ -79,7 +89,7 @@ class _Samples:
             self._error = error
 
     def _warm_up(self) -> None:
-        on_cuda = self._call.d_o.is_cuda
+        on_cuda = self._call.on_cuda
         self._timer = "events" if on_cuda else "clock"
         self._sampler = functools.partial(_events if on_cuda else _clock, self._call)
         spent = [self._sampler()]
@@ -107,14 +117,14 @@ class _Samples:
         return self._error or Timing(statistics.median(ms), min(ms), max(ms), len(ms), self._timer)
 
 
-def _clock(call: Call) -> float:
+def _clock(call: Timed) -> float:
     with call.context():
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
 
 
-def _events(call: Call) -> float:
+def _events(call: Timed) -> float:
     with call.context():
         return _between_events(call)
 
@@ -137,7 +147,7 @@ def _flush_buffer(device: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _capture(call: Call) -> torch.cuda.CUDAGraph:
+def _capture(call: Timed) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with call.context(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(GRAPH_CALLS):
