@@ -7,6 +7,7 @@
     python -m benchmarks.benchmark_memory      memory for each length, and the largest batch in a given memory
     python -m benchmarks.host                  what a call costs on the host, beside PyTorch's
     python -m benchmarks.grid                  the grid that kernels are compared on, with the ratio to the best peer
+    python -m benchmarks.decode                new tokens over a cache of keys and values: layouts, pages, float8, …
     python -m benchmarks.features              what each feature costs: dropout, softcap, bias, windows, head_dims, …
     python -m benchmarks.plot_attention_sweep  pictures of a sweep
     python -m benchmarks.visualize_results     pictures of everything in a results folder, and one overview

@@ -6,21 +6,22 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas
 import torch
 from tqdm import tqdm
 
 from . import machine
+from .cache_problem import CacheProblem
 from .call import Call
-from .checking import Oracle
+from .checking import Oracle, Verdict
 from .implementations import find
 from .memory import available_bytes, peak_bytes
 from .problem import Problem, options
-from .timing import time_calls, use_device
+from .timing import Timing, time_calls, use_device
 
 COLUMNS = [
     *("pass", "dtype", "batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "causal", "impl"),
@@ -36,6 +37,9 @@ _SCORE_COPIES = {
     "bwd": 6,
     "fwd+bwd": 6,
 }  # score matrices that unfused attention holds at its peak
+
+
+P = TypeVar("P", Problem, CacheProblem)
 
 
 class Skipped(Exception):
@@ -55,15 +59,10 @@ def measure_all(
     What is left of the budget is shared by what is left to do; once it is used up, problems become rows with a status.
     """
     rows: list[dict[str, Any]] = []
-    deadline = time.monotonic() + budget
-    machine.load_at_start()
-    progress = tqdm(problems, unit="problem", dynamic_ncols=True)
-    for done, problem in enumerate(progress):
-        progress.set_description(f"{problem.direction} {problem.case.id:.60}")
-        left = deadline - time.monotonic()
-        seconds = _TIMED_SHARE * left / ((len(problems) - done) * len(impls))
+    for problem, share in shares(problems, budget):
+        seconds = share / len(impls)
         try:
-            if left <= 0:
+            if seconds <= 0:
                 raise Skipped(f"skipped: the budget of {budget:.0f} s is used up")
             require_device(problem.device)
             with warnings.catch_warnings():  # PyTorch warns why a backend refuses; the row's status says that it did
@@ -72,6 +71,16 @@ def measure_all(
         except Skipped as reason:
             rows += [_row(problem, impl, status=str(reason)) for impl in impls]
     return pandas.DataFrame(rows, columns=COLUMNS)
+
+
+def shares(problems: Sequence[P], budget: float) -> Iterator[tuple[P, float]]:
+    """Each problem and the seconds that it may be timed for: its share of what is left, 0 once nothing is."""
+    deadline = time.monotonic() + budget
+    machine.load_at_start()
+    progress = tqdm(problems, unit="problem", dynamic_ncols=True)
+    for done, problem in enumerate(progress):
+        progress.set_description(f"{problem.id:.60}")
+        yield problem, _TIMED_SHARE * max(0.0, deadline - time.monotonic()) / (len(problems) - done)
 
 
 def write_csv(frame: pandas.DataFrame, path: Path) -> Path:
@@ -91,31 +100,52 @@ def _measure(problem: Problem, impls: Sequence[str], seconds: float | None, with
     inputs = problem.inputs()
     oracle = Oracle(problem, inputs)
     rows = {impl: _row(problem, impl) for impl in impls}
-    calls: dict[str, Call] = {}
-    for impl, row in rows.items():
-        with failures_in(row):
-            require_memory(problem, impl)
-            call = Call(find(impl), problem, inputs)
-            verdict = oracle.check(call)
-            row |= {"max_error": verdict.error, "status": verdict.status}
-            row["workspace_bytes"] = _workspace_bytes(problem, impl, inputs)
-            if not verdict.is_wrong:
-                calls[impl] = call
-    timings = {} if seconds is None else time_calls(calls, seconds)
+
+    def call_of(impl: str) -> Call:
+        require_memory(problem, impl)
+        call = Call(find(impl), problem, inputs)
+        rows[impl]["workspace_bytes"] = _workspace_bytes(problem, impl, inputs)
+        return call
+
+    calls = checked_calls(rows, call_of, oracle.check)
+    timings = {} if seconds is None else timings_of(calls, seconds, rows)
     for impl, timing in timings.items():
-        with failures_in(rows[impl]):
-            if isinstance(timing, Exception):
-                raise timing
-            rows[impl] |= {"ms": timing.ms, "ms_min": timing.ms_min, "ms_max": timing.ms_max, "samples": timing.samples}
-            rows[impl] |= {"timer": timing.timer, "tflops": problem.flops / timing.ms * 1e-9}
-            if problem.case.seqlen_q == 1:
-                rows[impl]["gbs"] = problem.kv_bytes / timing.ms * 1e-6
+        rows[impl] |= {"ms": timing.ms, "ms_min": timing.ms_min, "ms_max": timing.ms_max, "samples": timing.samples}
+        rows[impl] |= {"timer": timing.timer, "tflops": problem.flops / timing.ms * 1e-9}
+        if problem.case.seqlen_q == 1:
+            rows[impl]["gbs"] = problem.kv_bytes / timing.ms * 1e-6
     timed = list(calls)
     calls.clear()  # their graphs and score matrices
     for impl in timed if with_memory else ():
         with failures_in(rows[impl]):
             rows[impl]["peak_bytes"] = peak_bytes(problem, impl)
     return list(rows.values())
+
+
+def checked_calls(
+    rows: dict[str, dict[str, Any]], call_of: Callable[[str], Any], check: Callable[[Any], Verdict]
+) -> dict[str, Any]:
+    """The calls, by implementation, whose results are not wrong; error and status, of all, are written to the rows."""
+    calls = {}
+    for impl, row in rows.items():
+        with failures_in(row):
+            call = call_of(impl)
+            verdict = check(call)
+            row |= {"max_error": verdict.error, "status": verdict.status}
+            if not verdict.is_wrong:
+                calls[impl] = call
+    return calls
+
+
+def timings_of(calls: dict[str, Any], seconds: float, rows: dict[str, dict[str, Any]]) -> dict[str, Timing]:
+    """time_calls() of those that did not raise; of the others the reason is written to the rows."""
+    timings = {}
+    for impl, timing in time_calls(calls, seconds).items():
+        with failures_in(rows[impl]):
+            if isinstance(timing, Exception):
+                raise timing
+            timings[impl] = timing
+    return timings
 
 
 def _row(problem: Problem, impl: str, **fields: Any) -> dict[str, Any]:

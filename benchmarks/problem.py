@@ -26,6 +26,10 @@ class Problem:
     extra_gradients: tuple[str, ...] = ()  # options that the backward differentiates beside q, k and v
 
     @property
+    def id(self) -> str:
+        return f"{self.direction} {self.case.id}"
+
+    @property
     def heads_kv(self) -> int:
         return self.case.heads_kv or self.case.heads_q
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas
 
-from . import benchmark_memory, benchmark_speed, demo, features, from_scratch, grid, plot_attention_sweep, plots
+from . import benchmark_memory, benchmark_speed, decode, demo, features, from_scratch, grid, plot_attention_sweep, plots
 from .arguments import parse, parser, say_written
 from .sweep_table import SWEEP_CSV, read_sweep
 from .tables import CONSOLE
@@ -20,6 +20,7 @@ _PICTURES: dict[str, Callable[[pandas.DataFrame, Path], list[Path]]] = {
     benchmark_memory.CSV: benchmark_memory.plot,
     benchmark_memory.BATCH_CSV: benchmark_memory.plot_batches,
     features.CSV: features.plot,
+    decode.CSV: decode.plot,
     grid.CSV: lambda frame, folder: [plots.plot_ratios(grid.ratios_to_best_peer(frame), folder / "grid.png")],
 }
 
