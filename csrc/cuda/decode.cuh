@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
         for (bool is_first = true; turn.left > 0; is_first = false, ring.advance()) {
             if (turn.begins_line()) attender.begin_line(args, plan, turn);
             smem.full[ring.stage].wait(ring.parity);
+            if (turn.begins_line()) attender.take_queries(smem.queries[lines.stage]);
             attender.attend(smem.stage[ring.stage], smem.queries[lines.stage], args, plan, turn, smem.sums, is_first);
             leave(smem.empty[ring.stage]);
             barrier_arrive(kSumsFull, kSumThreads);
@@ -178,6 +179,11 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
                                               : fa_min(fa_ceil_div(lines * turns, fa_max(blocks, 1)) + 16, turns);
     const int64_t slots = most_in_part / 16 + 2 * 3 + 2 + kLevels;
     const bool merges_lines = parts_a_line || lines < blocks;
+    const auto strides = [&](const fa_tensor &cache) {
+        const int64_t bytes = fa_dtype_bytes(args->cache_dtype);
+        return CacheStrides{static_cast<uint32_t>(cache.stride_b * bytes / 16),
+                            static_cast<uint32_t>(cache.stride_l * bytes / 16)};
+    };
     const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(value)); };
     return {divisor(args->page_size),
             divisor(group),
@@ -192,6 +198,8 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
             merges_lines,
             !args->page_table || (args->page_size > 0 && args->page_size % T::kKeys == 0),
             args->softcap > 0 || args->alibi_slopes.data || args->tree_mask,
+            strides(args->k_cache),
+            strides(args->v_cache),
             args->workspace};
 }
 

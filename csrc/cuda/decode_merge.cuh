@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kMergeThreads, 8)
 
     warm_constants(args, plan);
     const Partition<kKeys> partition(args, plan); // every warp's own
-    if (partition.is_empty()) return;
+    if (partition.is_empty()) return wait_for_prerequisites();
     Line line;
     if (plan.merges_lines) {
         line = partition.nth_line(static_cast<int>(blockIdx.x));
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kMergeThreads, 8)
         // The first cut within the line?
         const int at = partition.cut(static_cast<int>(blockIdx.x + threadIdx.x % 2), line);
         const int before = __shfl_sync(~0u, at, 0), own = __shfl_sync(~0u, at, 1);
-        if (own <= line.turns.first || own >= line.turns.last || before > line.turns.first) return;
+        if (own <= line.turns.first || own >= line.turns.last || before > line.turns.first)
+            return wait_for_prerequisites();
     }
     const auto cut = [&](int i) { return partition.cut(i, line); };
     const int head = plan.m_blocks.quotient(line.line);
@@ -144,30 +145,30 @@ __global__ void __launch_bounds__(kMergeThreads, 8)
         __syncthreads(); // the list is there
         const int used = counts[0];
         block = counts[1];
+        if (used == 0) return wait_for_prerequisites(); // one block has the whole line
         if (is_first) wait_for_prerequisites();
-        if (used == 0) return; // one block has the whole line
         for (int n0 = 0; n0 < used; n0 += kMergeAtOnce) {
+            const MergeItem *const items = list + n0;
             const int count = min(used - n0, static_cast<int>(kMergeAtOnce));
-            // A warp copies a record's share of this block: 128 entries, and their rows' m and l.
-            constexpr int kOfLane = kMergeThreads / 32;
-            const int lane = threadIdx.x % 32, first = static_cast<int>(blockIdx.y) * kMergeThreads + lane * kOfLane;
-            for (int n = threadIdx.x / 32; n < count; n += kMergeThreads / 32) {
-                const auto *rows = static_cast<const Real *>(list[n0 + n].slot);
+            // Some threads copy a record's share of this block, 16 bytes each, and its rows' m and l.
+            constexpr int kCopiers = kMergeThreads / kVec<Real>;
+            const int piece = static_cast<int>(threadIdx.x) % kCopiers * kVec<Real>;
+            const int first = static_cast<int>(blockIdx.y) * kMergeThreads + piece;
+            for (int n = static_cast<int>(threadIdx.x) / kCopiers; n < count; n += kVec<Real>) {
                 if (first / kDim >= plan.slot_rows) break;
-#pragma unroll
-                for (int c = 0; c < kOfLane; c += kVec<Real>)
-                    cp_async_16(&told[n][lane * kOfLane + c], rows + first + c, true);
-                if (lane * kOfLane % kAcross == 0)
+                const auto *rows = static_cast<const Real *>(items[n].slot);
+                cp_async_16(&told[n][piece], rows + first, true);
+                if (piece % kAcross == 0)
 #pragma unroll
                     for (int c = 0; c < 4; c += kVec<Real>)
-                        cp_async_16(&of_rows[n][lane * kOfLane / kAcross][c],
+                        cp_async_16(&of_rows[n][piece / kAcross][c],
                                     rows + plan.slot_rows * kDim + first / kDim * 4 + c, true);
             }
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads(); // they are there
             for (int n = 0; n < count;) {
-                const MergeItem item = list[n0 + n];
+                const MergeItem item = items[n];
                 const int run = min(item.run, count - n);
                 Part<Real, 1> parts[kRun];
 #pragma unroll
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kMergeThreads, 8)
                     const Real *of_row = of_rows[min(n + m, kMergeAtOnce - 1)][threadIdx.x / kAcross];
                     parts[m] = {of_row[0], of_row[1], {told[min(n + m, kMergeAtOnce - 1)][threadIdx.x]}};
                 }
-                const unsigned ends = list[n0 + n + run - 1].ends;
+                const unsigned ends = items[n + run - 1].ends;
 #pragma unroll
                 for (int level = 0; level < kLevels; ++level)
                     if (level == item.level) fold_run(state[level], item.begins & 1, parts, run);

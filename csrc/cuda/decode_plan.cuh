@@ -13,18 +13,24 @@
 #include "cuda/device.cuh"
 #include "cuda/divisor.cuh"
 
+// Of a cache, in 16 bytes.
+struct CacheStrides {
+    uint32_t page, row;
+};
+
 // Made by the host from what it knows: shapes.
 struct DecodePlan {
     Divisor page_size, group, m_blocks, blocks_divisor;
-    int rows;             // that share a key/value head
-    int lines;            // of a sequence: heads_kv m_blocks
-    int blocks;           // parts
-    int parts_a_line;     // num_splits; 0: the parts are equal
-    int slots, slot_rows; // places for partial results a block has, and the rows of each
-    bool merges_lines;    // decode_merge's blocks have a line each, not a cut
-    bool turns_in_pages;  // each turn lies within a page
-    bool is_modified;     // scores by softcap, slopes or tree_mask
-    void *partial;        // [blocks][slots] of PartialRow rows
+    int rows;                          // that share a key/value head
+    int lines;                         // of a sequence: heads_kv m_blocks
+    int blocks;                        // parts
+    int parts_a_line;                  // num_splits; 0: the parts are equal
+    int slots, slot_rows;              // places for partial results a block has, and the rows of each
+    bool merges_lines;                 // decode_merge's blocks have a line each, not a cut
+    bool turns_in_pages;               // each turn lies within a page
+    bool is_modified;                  // scores by softcap, slopes or tree_mask
+    CacheStrides k_strides, v_strides; // where rows are made of 16 bytes, aligned
+    void *partial;                     // [blocks][slots] of PartialRow rows
 };
 
 // Reads a word of each line of the parameters, all at once: one after the other, when they are first needed, each would be

@@ -74,10 +74,16 @@ struct TensorCoreDecode {
             const unsigned span = max(old_end - turn.of.lo, 0);
             const unsigned k_span = column() * Tile::kPerColumn < args.head_dim ? span : 0;
             const unsigned v_span = column() * Tile::kPerColumn < args.head_dim_v ? span : 0;
-            const auto address = [&](const fa_tensor &cache, int page_of, int row_of) {
-                const int64_t offset = page_of * cache.stride_b + turn.head * cache.stride_h + row_of * cache.stride_l;
-                return static_cast<const char *>(cache.data) + offset * static_cast<int>(sizeof(Cache)) + column() * 16;
+            const auto base = [&](const fa_tensor &cache) {
+                return static_cast<const char *>(cache.data) +
+                       turn.head * cache.stride_h * static_cast<int>(sizeof(Cache)) + column() * 16;
             };
+            const auto place = [](int page_of, int row_of, const CacheStrides &strides) { // from the base on
+                return (static_cast<uint64_t>(static_cast<unsigned>(page_of)) * strides.page +
+                        static_cast<uint64_t>(static_cast<unsigned>(row_of)) * strides.row) *
+                       16;
+            };
+            const char *const k = base(k_cache), *const v = base(v_cache);
             const auto exists = [&](int page_of) {
                 return static_cast<unsigned>(page_of) < static_cast<unsigned>(args.pages);
             };
@@ -87,23 +93,23 @@ struct TensorCoreDecode {
             if (plan.turns_in_pages) {
                 const bool has_page = exists(page[0]);
                 const int row_of = row_in_page(turn.turn * kKeys) + row();
-                const auto copy_tile = [&](Tile &tile, const fa_tensor &cache, unsigned of) {
-                    const char *from = address(cache, page[0], row_of);
-                    const int64_t step = cache.stride_l * static_cast<int>(kRowsAtOnce * sizeof(Cache));
+                const auto copy_tile = [&](Tile &tile, const char *from, const CacheStrides &strides, unsigned of) {
+                    from += place(page[0], row_of, strides);
+                    const int64_t step = static_cast<int64_t>(strides.row) * kRowsAtOnce * 16;
 #pragma unroll
                     for (int n = 0; n < kCopies; ++n, from += step)
                         cp_async_16(tile.at(row() + n * kRowsAtOnce, column()), from,
                                     static_cast<unsigned>(at + n * kRowsAtOnce) < (has_page ? of : 0));
                 };
-                copy_tile(stage.k, k_cache, k_span);
-                copy_tile(stage.v, v_cache, v_span);
+                copy_tile(stage.k, k, plan.k_strides, k_span);
+                copy_tile(stage.v, v, plan.v_strides, v_span);
             } else {
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n) {
                     const int r = row() + n * kRowsAtOnce, row_of = row_in_page(token0 + n * kRowsAtOnce);
-                    const unsigned place = exists(page[n]) ? at + n * kRowsAtOnce : ~0u;
-                    cp_async_16(stage.k.at(r, column()), address(k_cache, page[n], row_of), place < k_span);
-                    cp_async_16(stage.v.at(r, column()), address(v_cache, page[n], row_of), place < v_span);
+                    const unsigned token = exists(page[n]) ? at + n * kRowsAtOnce : ~0u;
+                    cp_async_16(stage.k.at(r, column()), k + place(page[n], row_of, plan.k_strides), token < k_span);
+                    cp_async_16(stage.v.at(r, column()), v + place(page[n], row_of, plan.v_strides), token < v_span);
                 }
             }
             if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new_tokens(&stage, &args, turn);
@@ -167,9 +173,9 @@ struct TensorCoreDecode {
     };
 
     struct Attender {
-        // Of this lane's rows g and g + 8: keys that they see, the query they are.
-        int lo[2], hi[2], query[2], rows;
-        float slope[2], unit; // unit: what a product is times in scores
+        int lo[2], hi[2], rows; // keys that this lane's rows g and g + 8 see; rows of the line
+        float unit;             // what a product is times in scores
+        typename M::A q[kDim <= 128 ? kDim / 16 : 1];
 
         __device__ __forceinline__ void begin_line(const fa_kvcache_args &args, const DecodePlan &plan,
                                                    const Cursor<kKeys> &turn) {
@@ -177,15 +183,18 @@ struct TensorCoreDecode {
             const int lane = threadIdx.x % 32;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = lane / 4 + 8 * half;
-                const QueryRow of(plan, turn.head, turn.row0(kRows) + min(row, rows - 1));
-                const fa_interval keys = fa_cached_keys(&args, &turn.of.seq, of.i);
-                lo[half] = static_cast<int>(keys.lo), hi[half] = row < rows ? static_cast<int>(keys.hi) : 0;
-                query[half] = of.i;
-                slope[half] = args.alibi_slopes.data ? load_per_head<float>(args.alibi_slopes, turn.b, of.h) : 0.0f;
+                const fa_interval keys = fa_cached_keys(&args, &turn.of.seq, row_of(plan, turn, half).i);
+                lo[half] = static_cast<int>(keys.lo);
+                hi[half] = lane / 4 + 8 * half < rows ? static_cast<int>(keys.hi) : 0;
             }
             unit = static_cast<float>(args.softmax_scale) * descale_of(args.k_descale, turn.b, turn.head);
             if (!plan.is_modified) unit *= kLog2E;
+        }
+
+        __device__ __forceinline__ void take_queries(Queries &queries) {
+            if constexpr (kDim <= 128)
+#pragma unroll
+                for (int d = 0; d < kDim / 16; ++d) load_q(q[d], queries, d);
         }
 
         __device__ __forceinline__ void attend(Stage &stage, Queries &queries, const fa_kvcache_args &args,
@@ -196,22 +205,11 @@ struct TensorCoreDecode {
             float acc_s[2][4];
             make_scores(acc_s, stage, queries, key_warp);
             const auto place = place_v(stage, key_warp, slice);
-            Values values; // the first are read under the softmax
-            values.load(place, 0);
 
             const int key0 = turn.turn * kKeys + key_warp * 16 + lane % 4 * 2;
             float most[2] = {-infinity(0.0f), -infinity(0.0f)}, sum[2] = {};
             for_each(acc_s, [&](float &s, int half, int col) { s = product(s, unit); });
-            if (plan.is_modified)
-                for_each(acc_s, [&](float &s, int half, int col) {
-                    const int key = key0 + col;
-                    const auto softcap = static_cast<float>(args.softcap);
-                    if (args.softcap > 0) s = product(softcap, tanh_of(s / softcap));
-                    s -= product(slope[half], fabsf(static_cast<float>(turn.of.seq.start + query[half] - key)));
-                    if (key < hi[half] && !fa_tree_shows(&args, &turn.of.seq, turn.b, query[half], key))
-                        s = -infinity(0.0f);
-                    s = product(s, kLog2E);
-                });
+            if (plan.is_modified) modify(acc_s, args, plan, turn, key0);
             for_each(acc_s, [&](float &s, int half, int col) {
                 if (key0 + col < lo[half] || key0 + col >= hi[half]) s = -infinity(0.0f);
                 most[half] = fmaxf(most[half], s);
@@ -235,14 +233,35 @@ struct TensorCoreDecode {
             float *to = &sums.o[key_warp][0][slice * kSlice];
 #pragma unroll
             for (int n = 0; n < kSlice; n += 64) {
-                const Values now = values;
-                if (n + 64 < kSlice) values.load(place, n + 64);
-                multiply_values(to + n, p[0], now);
+                Values values;
+                values.load(place, n);
+                multiply_values(to + n, p[0], values);
             }
         }
 
     private:
         static constexpr float kLog2E = 1.44269504f;
+
+        __device__ __forceinline__ QueryRow row_of(const DecodePlan &plan, const Cursor<kKeys> &turn, int half) const {
+            const int row = static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
+            return QueryRow(plan, turn.head, turn.row0(kRows) + min(row, rows - 1));
+        }
+
+        // Softcap, slopes and the tree, and what base 2 wants.
+        __device__ __forceinline__ void modify(float (&acc_s)[2][4], const fa_kvcache_args &args,
+                                               const DecodePlan &plan, const Cursor<kKeys> &turn, int key0) const {
+            const QueryRow of[2] = {row_of(plan, turn, 0), row_of(plan, turn, 1)};
+            const auto softcap = static_cast<float>(args.softcap);
+            for_each(acc_s, [&](float &s, int half, int col) {
+                const int key = key0 + col;
+                if (args.softcap > 0) s = product(softcap, tanh_of(s / softcap));
+                if (args.alibi_slopes.data)
+                    s -= product(load_per_head<float>(args.alibi_slopes, turn.b, of[half].h),
+                                 fabsf(static_cast<float>(turn.of.seq.start + of[half].i - key)));
+                if (key < hi[half] && !fa_tree_shows(&args, &turn.of.seq, turn.b, of[half].i, key)) s = -infinity(0.0f);
+                s = product(s, kLog2E);
+            });
+        }
 
         // The 16 scores of each row, of which a lane has four: f(score, row g or g + 8, column).
         template <typename F>
@@ -268,6 +287,15 @@ struct TensorCoreDecode {
             }
         }
 
+        __device__ __forceinline__ typename M::A q_of(Queries &queries, int d) const {
+            typename M::A a;
+            if constexpr (kDim <= 128)
+                a = q[d];
+            else
+                load_q(a, queries, d);
+            return a;
+        }
+
         // Two e4m3 of a word's lower half as two Elements.
         static __device__ __forceinline__ uint32_t convert(uint32_t pair) {
             const __half2 halves(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
@@ -289,8 +317,7 @@ struct TensorCoreDecode {
             }();
 #pragma unroll
             for (int d = 0; d < kDim / 16; d += 2) {
-                typename M::A a[2];
-                load_q(a[0], queries, d), load_q(a[1], queries, d + 1);
+                const typename M::A a[2] = {q_of(queries, d), q_of(queries, d + 1)};
                 typename M::B key[2][2]; // of each step: 8 keys, the next 8
                 if constexpr (kIsFloat8) {
 #pragma unroll
