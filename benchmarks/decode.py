@@ -133,12 +133,14 @@ def print_results(frame: pandas.DataFrame) -> None:
     """A table for each dtype: a row for each problem, a column for each implementation, our ratio to the best peer."""
     for _, of_dtype in frame.groupby("dtype", sort=False):
         _print_table(of_dtype)
-    for layout, of_layout in _ratios(frame).groupby("layout", sort=False)["ratio"]:
-        mean, smallest = geometric_mean(of_layout), of_layout.min()
-        CONSOLE.print(
-            f"{layout}, all dtypes and queries: geometric mean {mean:.2f}, smallest {smallest:.2f}, "
-            f"{len(of_layout)} problems"
-        )
+    ratios = _ratios(frame)
+    if ratios.empty:
+        return
+    variants = _variants(ratios)
+    kinds = ratios["dtype"] + " " + variants.where(variants.isin(LAYOUTS), "several queries, other head_dims")
+    for kind, of_kind in ratios["ratio"].groupby(kinds, sort=False):
+        mean, smallest = geometric_mean(of_kind), of_kind.min()
+        CONSOLE.print(f"{kind}: geometric mean {mean:.2f}, smallest {smallest:.2f}, {len(of_kind)} problems")
 
 
 def _print_table(frame: pandas.DataFrame) -> None:

@@ -34,6 +34,7 @@ _STYLES = {
     "torch_unfused": ("#555555", "h", ":"),
     "megatron": ("#B8A600", "d", ":"),
 }
+_HATCHES = {"-.": "///"}  # of bars whose colour is another's, by the style of their line
 _KIND_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LEGEND_INCHES, _LETTER_INCHES = 0.55, 0.08  # of an entry of the legend: its marker and space, a letter
 _GROUP_WIDTH = 0.8  # of the distance between groups of bars
@@ -156,6 +157,7 @@ def bars(axes: Axes, frame: pandas.DataFrame, groups: str, y: str, *, ylabel: st
             width,
             label=name,
             color=_STYLES[name][0] if series == "impl" else str(0.2 + 0.6 * n / len(names)),
+            hatch=_HATCHES.get(_STYLES[name][2]) if series == "impl" else None,
             alpha=0.75 if series == "impl" and name not in OURS else 1,
         )
     axes.set_xticks(range(len(places)), places, rotation=25, ha="right", rotation_mode="anchor")
