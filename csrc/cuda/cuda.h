@@ -26,6 +26,8 @@ FA_CUDA_BACKWARD(fused);
 size_t fa_cuda_tensor_core_decode_bytes(const fa_kvcache_args *args);
 fa_status fa_cuda_tensor_core_decode(const fa_kvcache_args *args);
 bool fa_cuda_tensor_core_decode_fits(const fa_kvcache_args *args); // the device
+size_t fa_cuda_fused_decode_bytes(const fa_kvcache_args *args);
+fa_status fa_cuda_fused_decode(const fa_kvcache_args *args);
 
 // prefill.cu: whether a call's queries are so many that the forward kernels serve it, and what these are then asked for.
 bool fa_cuda_prefills(const fa_kvcache_args *args);

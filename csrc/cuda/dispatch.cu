@@ -73,6 +73,7 @@ static void refuse_tensor_core_kvcache(const fa_kvcache_args *args, fa_reasons *
         return fa_cuda_prefills(args) ? fa_cuda_prefill(args, ON_TENSOR_CORES) : fa_cuda_##NAME##_decode(args);        \
     }
 CUDA_KVCACHE(tensor_core, true)
+CUDA_KVCACHE(fused, false)
 
 // Packed sequences are no longer than their tensor, whatever max_seqlen says: grids and workspaces follow the shorter.
 static fa_forward_args cut(const fa_forward_args *args) {
@@ -132,7 +133,10 @@ static const fa_kernel kRows[] = {
      fused_forward_bytes,
      fused_forward,
      fused_backward_bytes,
-     fused_backward}, // tiles and an online softmax
+     fused_backward,
+     nullptr,
+     fused_kvcache_bytes,
+     fused_kvcache}, // tiles and an online softmax
     {{FA_SPLIT, FA_CUDA, "split"},
      refuse_split,
      split_forward_bytes,
