@@ -21,7 +21,8 @@ struct TensorCoreDecode {
     using Real = float;
     using M = Mma<Element>;
     static constexpr bool kIsFloat8 = sizeof(Cache) == 1;
-    static constexpr int kDim = kDim_, kStages = kStages_, kRows = 16, kKeys = kDim > 128 ? 32 : 64;
+    static constexpr int kDim = kDim_, kStages = kStages_, kKeys = kDim > 128 ? 32 : 64;
+    static constexpr int kRows = kDim > 128 ? 8 : 16; // as many as folders have registers for
     static constexpr int kCopiers = 128, kAttenders = 128, kFolders = kDim > 64 ? 256 : 128; // threads
     static constexpr int kThreads = kCopiers + kAttenders + kFolders;
     static constexpr int kRegisters = 57 * 1024 / kThreads / 8 * 8; // a thread's: decode_merge's blocks fit beside
@@ -31,7 +32,7 @@ struct TensorCoreDecode {
     struct Stage {
         SwizzledTile<Cache, kKeys, kDim> k, v;
     };
-    using Queries = SwizzledTile<Element, kRows, kDim>;
+    using Queries = SwizzledTile<Element, 16, kDim>; // the rows of one mma: those from kRows on are nobody's
     struct Sums {
         alignas(16) float o[kKeyWarps][kRows][kDim + 8]; // rows apart from each other's banks
         float2 of_row[kKeyWarps][kRows];                 // m, l
