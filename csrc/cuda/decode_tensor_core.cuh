@@ -229,7 +229,7 @@ struct TensorCoreDecode {
             if (!sums_are_read) barrier_wait(kSumsEmpty, kAttenders + kFolders);
             if (lane % 4 == 0 && slice == 0)
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
+                for (int half = 0; half < kRows / 8; ++half)
                     sums.of_row[key_warp][lane / 4 + 8 * half] = make_float2(most[half], sum[half]);
             float *to = &sums.o[key_warp][0][slice * kSlice];
 #pragma unroll
