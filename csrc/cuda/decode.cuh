@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
         for (bool is_first = true; turn.left > 0; is_first = false, ring.advance()) {
             if (turn.begins_line()) attender.begin_line(args, plan, turn);
             smem.full[ring.stage].wait(ring.parity);
-            if (turn.begins_line()) attender.take_queries(smem.queries[lines.stage]);
             attender.attend(smem.stage[ring.stage], smem.queries[lines.stage], args, plan, turn, smem.sums, is_first);
             leave(smem.empty[ring.stage]);
             barrier_arrive(kSumsFull, kSumThreads);

@@ -338,7 +338,6 @@ struct FusedDecode {
             unit = static_cast<Real>(args.softmax_scale) * descale_of(args.k_descale, turn.b, turn.head);
             if (!plan.is_modified) unit *= kLog2E;
         }
-        __device__ __forceinline__ void take_queries(Queries &) {}
 
         __device__ __forceinline__ void attend(Stage &stage, Queries &queries, const fa_kvcache_args &args,
                                                const DecodePlan &plan, const Cursor<kKeys> &turn, Sums &sums,

@@ -80,7 +80,7 @@ __device__ __forceinline__ void find_runs(MergeItem *list, int used) {
 }
 
 template <typename Real, int kDim, int kKeys, int kRows>
-__global__ void __launch_bounds__(kMergeThreads, 8)
+__global__ void __launch_bounds__(kMergeThreads, sizeof(Real) == 8 ? 4 : 8)
     decode_merge(const __grid_constant__ fa_kvcache_args args, const __grid_constant__ DecodePlan plan) {
     constexpr int kAcross = kDim < kMergeThreads ? kDim : kMergeThreads, kRowsAtOnce = kMergeThreads / kAcross;
     __shared__ MergeItem list[kMergeList];

@@ -75,6 +75,11 @@ struct TensorCoreDecode {
             const unsigned span = max(old_end - turn.of.lo, 0);
             const unsigned k_span = column() * Tile::kPerColumn < args.head_dim ? span : 0;
             const unsigned v_span = column() * Tile::kPerColumn < args.head_dim_v ? span : 0;
+            // New tokens are written by this thread, and a copy of zeros might come after that: there is none.
+            const unsigned new_span = args.k.data ? turn.of.seq.len_k - old_end : 0;
+            const auto is_new = [&](int n) {
+                return static_cast<unsigned>(token0 + n * kRowsAtOnce - old_end) < new_span;
+            };
             const auto base = [&](const fa_tensor &cache) {
                 return static_cast<const char *>(cache.data) +
                        turn.head * cache.stride_h * static_cast<int>(sizeof(Cache)) + column() * 16;
@@ -99,8 +104,9 @@ struct TensorCoreDecode {
                     const int64_t step = static_cast<int64_t>(strides.row) * kRowsAtOnce * 16;
 #pragma unroll
                     for (int n = 0; n < kCopies; ++n, from += step)
-                        cp_async_16(tile.at(row() + n * kRowsAtOnce, column()), from,
-                                    static_cast<unsigned>(at + n * kRowsAtOnce) < (has_page ? of : 0));
+                        if (!is_new(n))
+                            cp_async_16(tile.at(row() + n * kRowsAtOnce, column()), from,
+                                        static_cast<unsigned>(at + n * kRowsAtOnce) < (has_page ? of : 0));
                 };
                 copy_tile(stage.k, k, plan.k_strides, k_span);
                 copy_tile(stage.v, v, plan.v_strides, v_span);
@@ -108,6 +114,7 @@ struct TensorCoreDecode {
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n) {
                     const int r = row() + n * kRowsAtOnce, row_of = row_in_page(token0 + n * kRowsAtOnce);
+                    if (is_new(n)) continue;
                     const unsigned token = exists(page[n]) ? at + n * kRowsAtOnce : ~0u;
                     cp_async_16(stage.k.at(r, column()), k + place(page[n], row_of, plan.k_strides), token < k_span);
                     cp_async_16(stage.v.at(r, column()), v + place(page[n], row_of, plan.v_strides), token < v_span);
@@ -176,7 +183,6 @@ struct TensorCoreDecode {
     struct Attender {
         int lo[2], hi[2], rows; // keys that this lane's rows g and g + 8 see; rows of the line
         float unit;             // what a product is times in scores
-        typename M::A q[kDim <= 128 ? kDim / 16 : 1];
 
         __device__ __forceinline__ void begin_line(const fa_kvcache_args &args, const DecodePlan &plan,
                                                    const Cursor<kKeys> &turn) {
@@ -190,12 +196,6 @@ struct TensorCoreDecode {
             }
             unit = static_cast<float>(args.softmax_scale) * descale_of(args.k_descale, turn.b, turn.head);
             if (!plan.is_modified) unit *= kLog2E;
-        }
-
-        __device__ __forceinline__ void take_queries(Queries &queries) {
-            if constexpr (kDim <= 128)
-#pragma unroll
-                for (int d = 0; d < kDim / 16; ++d) load_q(q[d], queries, d);
         }
 
         __device__ __forceinline__ void attend(Stage &stage, Queries &queries, const fa_kvcache_args &args,
@@ -288,15 +288,6 @@ struct TensorCoreDecode {
             }
         }
 
-        __device__ __forceinline__ typename M::A q_of(Queries &queries, int d) const {
-            typename M::A a;
-            if constexpr (kDim <= 128)
-                a = q[d];
-            else
-                load_q(a, queries, d);
-            return a;
-        }
-
         // Two e4m3 of a word's lower half as two Elements.
         static __device__ __forceinline__ uint32_t convert(uint32_t pair) {
             const __half2 halves(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
@@ -318,7 +309,8 @@ struct TensorCoreDecode {
             }();
 #pragma unroll
             for (int d = 0; d < kDim / 16; d += 2) {
-                const typename M::A a[2] = {q_of(queries, d), q_of(queries, d + 1)};
+                typename M::A a[2];
+                load_q(a[0], queries, d), load_q(a[1], queries, d + 1);
                 typename M::B key[2][2]; // of each step: 8 keys, the next 8
                 if constexpr (kIsFloat8) {
 #pragma unroll
