@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kMergeThreads, sizeof(Real) == 8 ? 4 : 8)
             const int piece = static_cast<int>(threadIdx.x) % kCopiers * kVec<Real>;
             const int first = static_cast<int>(blockIdx.y) * kMergeThreads + piece;
             for (int n = static_cast<int>(threadIdx.x) / kCopiers; n < count; n += kVec<Real>) {
-                if (first / kDim >= plan.slot_rows) break;
+                if (first / kDim >= min(plan.slot_rows, plan.rows - row0)) break;
                 const auto *rows = static_cast<const Real *>(items[n].slot);
                 cp_async_16(&told[n][piece], rows + first, true);
                 if (piece % kAcross == 0)

@@ -110,7 +110,7 @@ struct Slot {
             *reinterpret_cast<Vec<Real> *>(to + c) = vec;
         }
         Real *max_and_sum = rows + plan.slot_rows * kDim + row * 4;
-        if (col == 0) max_and_sum[0] = part.max, max_and_sum[1] = part.sum;
+        if (col == 0) max_and_sum[0] = part.max, max_and_sum[1] = part.sum, max_and_sum[2] = max_and_sum[3] = 0;
     }
 };
 __device__ __forceinline__ int first_slot(const DecodePlan &plan, bool begins_within) {

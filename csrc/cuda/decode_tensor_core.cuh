@@ -75,11 +75,6 @@ struct TensorCoreDecode {
             const unsigned span = max(old_end - turn.of.lo, 0);
             const unsigned k_span = column() * Tile::kPerColumn < args.head_dim ? span : 0;
             const unsigned v_span = column() * Tile::kPerColumn < args.head_dim_v ? span : 0;
-            // New tokens are written by this thread, and a copy of zeros might come after that: there is none.
-            const unsigned new_span = args.k.data ? turn.of.seq.len_k - old_end : 0;
-            const auto is_new = [&](int n) {
-                return static_cast<unsigned>(token0 + n * kRowsAtOnce - old_end) < new_span;
-            };
             const auto base = [&](const fa_tensor &cache) {
                 return static_cast<const char *>(cache.data) +
                        turn.head * cache.stride_h * static_cast<int>(sizeof(Cache)) + column() * 16;
@@ -104,9 +99,8 @@ struct TensorCoreDecode {
                     const int64_t step = static_cast<int64_t>(strides.row) * kRowsAtOnce * 16;
 #pragma unroll
                     for (int n = 0; n < kCopies; ++n, from += step)
-                        if (!is_new(n))
-                            cp_async_16(tile.at(row() + n * kRowsAtOnce, column()), from,
-                                        static_cast<unsigned>(at + n * kRowsAtOnce) < (has_page ? of : 0));
+                        cp_async_16(tile.at(row() + n * kRowsAtOnce, column()), from,
+                                    static_cast<unsigned>(at + n * kRowsAtOnce) < (has_page ? of : 0));
                 };
                 copy_tile(stage.k, k, plan.k_strides, k_span);
                 copy_tile(stage.v, v, plan.v_strides, v_span);
@@ -114,7 +108,6 @@ struct TensorCoreDecode {
 #pragma unroll
                 for (int n = 0; n < kCopies; ++n) {
                     const int r = row() + n * kRowsAtOnce, row_of = row_in_page(token0 + n * kRowsAtOnce);
-                    if (is_new(n)) continue;
                     const unsigned token = exists(page[n]) ? at + n * kRowsAtOnce : ~0u;
                     cp_async_16(stage.k.at(r, column()), k + place(page[n], row_of, plan.k_strides), token < k_span);
                     cp_async_16(stage.v.at(r, column()), v + place(page[n], row_of, plan.v_strides), token < v_span);
@@ -127,6 +120,8 @@ struct TensorCoreDecode {
         // inlined, and by value: what is rare takes no register from what is not.
         static __device__ __noinline__ void add_new_tokens(Stage *stage, const fa_kvcache_args *args,
                                                            const Cursor<kKeys> turn) {
+            cp_async_commit();
+            cp_async_wait<0>(); // the zeros that were copied to the places of new tokens
             const int row = static_cast<int>(threadIdx.x) / Tile::kColumns;
             const int column = static_cast<int>(threadIdx.x) % Tile::kColumns, col = column * Tile::kPerColumn;
             const auto add = [&](Tile &tile, int r, int token, const fa_tensor &from, const fa_tensor &cache,

@@ -19,10 +19,11 @@
 
 enum { kLevels = 3 };
 
+// Not inlined: where they stood in the code would decide which of their products and sums are fused, and so the bits.
+static __device__ __noinline__ double exp2_of(double x) { return exp2(x); }
+static __device__ __noinline__ double log2_of(double x) { return log2(x); }
 __device__ __forceinline__ float exp2_of(float x) { return ex2_approx(x); }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float log2_of(float x) { return log2f(x); }
-__device__ __forceinline__ double log2_of(double x) { return log2(x); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return __fma_rn(a, b, c); }
 
