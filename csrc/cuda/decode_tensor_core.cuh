@@ -67,9 +67,11 @@ struct TensorCoreDecode {
 
         __device__ __forceinline__ void copy(Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
                                              const Cursor<kKeys> &turn) const {
+            if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start)
+                return copy_with_new(stage, args, plan, turn);
             const fa_tensor &k_cache = args.k_cache, &v_cache = args.v_cache;
             const int token0 = turn.turn * kKeys + row();
-            const int old_end = args.k.data ? min(turn.of.seq.start, turn.of.seq.len_k) : turn.of.seq.len_k;
+            const int old_end = turn.of.seq.len_k; // no token of the turn is new
             // Token token0 + n is read iff at + n < span, without signs.
             const int at = token0 - turn.of.lo;
             const unsigned span = max(old_end - turn.of.lo, 0);
@@ -113,39 +115,51 @@ struct TensorCoreDecode {
                     cp_async_16(stage.v.at(r, column()), v + place(page[n], row_of, plan.v_strides), token < v_span);
                 }
             }
-            if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new_tokens(&stage, &args, turn);
         }
 
-        // The new tokens of a turn, from k and v; the block that has their first rows stores them in the cache, too. Not
-        // inlined, and by value: what is rare takes no register from what is not.
-        static __device__ __noinline__ void add_new_tokens(Stage *stage, const fa_kvcache_args *args,
-                                                           const Cursor<kKeys> turn) {
-            cp_async_commit();
-            cp_async_wait<0>(); // the zeros that were copied to the places of new tokens
-            const int row = static_cast<int>(threadIdx.x) / Tile::kColumns;
-            const int column = static_cast<int>(threadIdx.x) % Tile::kColumns, col = column * Tile::kPerColumn;
-            const auto add = [&](Tile &tile, int r, int token, const fa_tensor &from, const fa_tensor &cache,
-                                 int64_t width, bool rotates, const fa_per_head &descale) {
-                float x[Tile::kPerColumn];
-                load_rotated(x, *args, from, fa_row_offset(&from, turn.b, turn.head, token - turn.of.seq.start), col,
-                             static_cast<int>(width), rotates, token);
-                const float scale = descale_of(descale, turn.b, turn.head);
-                Cache *to = reinterpret_cast<Cache *>(tile.at(r, column));
-                const int64_t page = fa_page_of(args, turn.b, token);
-                const int64_t at = fa_cache_offset(args, &cache, page, turn.head, token) + col;
-#pragma unroll 1
-                for (int c = 0; c < Tile::kPerColumn; ++c) {
-                    store_cached<float>(to, args->cache_dtype, c, descale.data ? x[c] / scale : x[c]);
-                    if (turn.m_block == 0 && page >= 0 && col + c < width)
-                        static_cast<Cache *>(cache.data)[at + c] = to[c];
-                }
+        // A turn with new tokens, which come from k and v; the block that has their first rows stores them in the cache, too. The
+        // rest of the turn is copied here, as no copy, not even of zeros, may come to a new token's place.
+        static __device__ __forceinline__ void copy_with_new(Stage &stage, const fa_kvcache_args &args,
+                                                             const DecodePlan &plan, const Cursor<kKeys> &turn) {
+            const int start = turn.of.seq.start, len_k = turn.of.seq.len_k, token0 = turn.turn * kKeys;
+            const auto page_of = [&](int token, int nth) {
+                const int page = args.page_table ? args.page_table[turn.b * args.page_table_stride + nth] : turn.b;
+                return static_cast<unsigned>(page) < static_cast<unsigned>(args.pages) ? page : -1;
+            };
+            const auto element = [&](const fa_tensor &cache, int page, int token, int nth) {
+                const int row_of = token - nth * static_cast<int>(plan.page_size.value);
+                return page * cache.stride_b + turn.head * cache.stride_h + row_of * cache.stride_l;
             };
 #pragma unroll 1
-            for (int r = row; r < kKeys; r += kRowsAtOnce) {
-                const int token = turn.turn * kKeys + r;
-                if (token < turn.of.seq.start || token >= turn.of.seq.len_k) continue;
-                add(stage->k, r, token, args->k, args->k_cache, args->head_dim, true, args->k_descale);
-                add(stage->v, r, token, args->v, args->v_cache, args->head_dim_v, false, args->v_descale);
+            for (int n = static_cast<int>(threadIdx.x); n < 2 * kKeys * Tile::kColumns; n += kCopiers) {
+                const bool is_k = n < kKeys * Tile::kColumns;
+                const int r = n / Tile::kColumns % kKeys, column = n % Tile::kColumns, token = token0 + r;
+                const int col = column * Tile::kPerColumn, nth = plan.page_size.quotient(token);
+                const fa_tensor &cache = is_k ? args.k_cache : args.v_cache;
+                const int width = static_cast<int>(is_k ? args.head_dim : args.head_dim_v);
+                Cache *const to = reinterpret_cast<Cache *>((is_k ? stage.k : stage.v).at(r, column));
+                const bool is_new = token >= start && token < len_k;
+                const int page = token < len_k && token >= turn.of.lo ? page_of(token, nth) : -1;
+                Cache *const cached =
+                    static_cast<Cache *>(cache.data) + (page < 0 ? 0 : element(cache, page, token, nth) + col);
+                if (!is_new) {
+                    cp_async_16(to, cached, page >= 0 && col < width);
+                    continue;
+                }
+                const fa_tensor &from = is_k ? args.k : args.v;
+                const fa_per_head &descale = is_k ? args.k_descale : args.v_descale;
+                float x[Tile::kPerColumn];
+                load_rotated(x, args, from, fa_row_offset(&from, turn.b, turn.head, token - start), col, width, is_k,
+                             token);
+                alignas(16) Cache stored[Tile::kPerColumn];
+                const float scale = descale_of(descale, turn.b, turn.head);
+#pragma unroll
+                for (int c = 0; c < Tile::kPerColumn; ++c)
+                    store_cached<float>(stored, kIsFloat8 ? FA_FLOAT8_E4M3 : kDtype<Element>, c,
+                                        descale.data ? x[c] / scale : x[c]);
+                const uint4 words = *reinterpret_cast<const uint4 *>(stored);
+                *reinterpret_cast<uint4 *>(to) = words;
+                if (turn.m_block == 0 && page >= 0 && col < width) *reinterpret_cast<uint4 *>(cached) = words;
             }
         }
 
