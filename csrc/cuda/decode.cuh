@@ -171,7 +171,7 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
     if (cudaGetDevice(&device) == cudaSuccess)
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     const int64_t least_parts = fa_ceil_div(turns, 16 * kMostNodes); // of a line
-    const int64_t parts_a_line = args->num_splits > 0 ? fa_max(args->num_splits, least_parts) : 0;
+    const int64_t parts_a_line = args->num_splits > 0 ? fa_max(fa_min(args->num_splits, turns), least_parts) : 0;
     const int64_t blocks =
         parts_a_line ? lines * parts_a_line : fa_min(fa_max(processors, least_parts * lines), lines * turns);
     const int64_t most_in_part = parts_a_line ? fa_ceil_div(turns, parts_a_line)

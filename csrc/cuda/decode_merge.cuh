@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kMergeThreads, sizeof(Real) == 8 ? 4 : 8)
         __syncthreads(); // the list is there
         const int used = counts[0];
         block = counts[1];
-        if (used == 0) return wait_for_prerequisites(); // one block has the whole line
+        is_complete = used == 0 || list[used - 1].end == line.turns.last; // before the list is made again
+        if (used == 0) return wait_for_prerequisites();                   // one block has the whole line
         if (is_first) wait_for_prerequisites();
         for (int n0 = 0; n0 < used; n0 += kMergeAtOnce) {
             const MergeItem *const items = list + n0;
@@ -194,7 +195,6 @@ __global__ void __launch_bounds__(kMergeThreads, sizeof(Real) == 8 ? 4 : 8)
             }
             __syncthreads(); // they were read
         }
-        is_complete = list[used - 1].end == line.turns.last;
     }
     if (row < plan.rows - row0 && row < plan.slot_rows && col < args.head_dim_v)
         store_result(args, state[kLevels - 1], line.b, head, QueryRow(plan, head, row0 + row), col);
