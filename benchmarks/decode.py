@@ -11,7 +11,6 @@ are replayed from a CUDA graph. decode.csv has the columns heads_q … status, t
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from .cache_problem import CacheCall, CacheProblem
 from .decode_cases import HEAD_DIM, LAYOUTS, cases
 from .grid import geometric_mean, ratios_to_best_peer
 from .implementations import OURS
-from .measure import Skipped, checked_calls, require_device, shares, timings_of, write_csv
+from .measure import Skipped, checked_calls, shares, timings_of, trying, write_csv
 from .problem import DTYPE_NAMES
 from .tables import CONSOLE, shape_texts
 
@@ -89,11 +88,7 @@ def measure(problems: Sequence[CacheProblem], impls: Sequence[str], budget: floa
         origin = machine.provenance(problem.device)
         of_problem = {name: problem.columns() | {"impl": name} | origin for name in names}
         try:
-            if seconds <= 0:
-                raise Skipped(f"skipped: the budget of {budget:.0f} s is used up")
-            require_device(problem.device)
-            with warnings.catch_warnings():  # PyTorch warns why a backend refuses; the row's status says that it did
-                warnings.simplefilter("ignore", UserWarning)
+            with trying(problem.device, seconds, budget):
                 _measure(problem, of_problem, seconds)
         except Skipped as reason:
             for row in of_problem.values():

@@ -62,11 +62,7 @@ def measure_all(
     for problem, share in shares(problems, budget):
         seconds = share / len(impls)
         try:
-            if seconds <= 0:
-                raise Skipped(f"skipped: the budget of {budget:.0f} s is used up")
-            require_device(problem.device)
-            with warnings.catch_warnings():  # PyTorch warns why a backend refuses; the row's status says that it did
-                warnings.simplefilter("ignore", UserWarning)
+            with trying(problem.device, share, budget):
                 rows += _measure(problem, impls, seconds if with_time else None, with_memory)
         except Skipped as reason:
             rows += [_row(problem, impl, status=str(reason)) for impl in impls]
@@ -81,6 +77,17 @@ def shares(problems: Sequence[P], budget: float) -> Iterator[tuple[P, float]]:
     for done, problem in enumerate(progress):
         progress.set_description(f"{problem.id:.60}")
         yield problem, _TIMED_SHARE * max(0.0, deadline - time.monotonic()) / (len(problems) - done)
+
+
+@contextlib.contextmanager
+def trying(device: str, seconds: float, budget: float) -> Iterator[None]:
+    """Around the work on a problem that has `seconds` of the budget: raises Skipped where it cannot be tried."""
+    if seconds <= 0:
+        raise Skipped(f"skipped: the budget of {budget:.0f} s is used up")
+    require_device(device)
+    with warnings.catch_warnings():  # PyTorch warns why a backend refuses; the row's status says that it did
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def write_csv(frame: pandas.DataFrame, path: Path) -> Path:

@@ -1,8 +1,8 @@
 """The same inputs give the same bits: on every run, at every number of threads, alone or among other threads."""
 
 import os
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -114,19 +114,16 @@ def assert_repeated(case: Case, device: str, impl: str, repeats: int) -> None:
 
 def test_calls_from_several_threads_do_not_disturb_each_other(device: str) -> None:
     wanted = [run(case.inputs(device), "fused") for case in CASES]
-    differences: list[str] = []
 
-    def work(first: int) -> None:
+    def differences_from(first: int) -> list[str]:
+        differences: list[str] = []
         for n in range(first, first + 2 * len(CASES)):
             case = CASES[n % len(CASES)]
             differences.extend(same_bits(wanted[n % len(CASES)], run(case.inputs(device), "fused")))
+        return differences
 
-    workers = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not differences
+    with ThreadPoolExecutor(4) as workers:
+        assert not [name for names in workers.map(differences_from, range(4)) for name in names]
 
 
 def test_a_sequence_gives_the_same_bits_whatever_its_neighbours(device: str) -> None:

@@ -4,7 +4,7 @@ however many threads work on it."""
 from __future__ import annotations
 
 import dataclasses
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -98,17 +98,14 @@ def test_the_number_of_threads_changes_no_bit(case: CacheCase) -> None:
 
 def test_calls_from_several_threads_do_not_disturb_each_other(device: str) -> None:
     wanted = [run(case.inputs(device), "auto") for case in SPLIT]
-    differences: list[str] = []
 
-    def work(first: int) -> None:
+    def differences_from(first: int) -> list[str]:
+        differences: list[str] = []
         for n in range(first, first + 2 * len(SPLIT)):
             case, want = SPLIT[n % len(SPLIT)], wanted[n % len(SPLIT)]
             got = run(case.inputs(device), "auto")
             differences.extend(name for name in want if not same_bits(got[name], want[name]))
+        return differences
 
-    workers = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not differences
+    with ThreadPoolExecutor(4) as workers:
+        assert not [name for names in workers.map(differences_from, range(4)) for name in names]
