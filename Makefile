@@ -65,13 +65,13 @@ CUDA_LIBS     = $(call lib_or_lib64,$(call nvcc_paths,LIBRARIES)) -lcudart_stati
 # Written beside the target, then moved: two makes in one folder never see half a file.
 define compile
 @mkdir -p $(@D)
-@echo '$(firstword $(1)) $<'; $(1) -MMD -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
+@echo '$(firstword $(1)) $<'; $(1) -MMD -MP -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
 endef
 # Beside the object, x.cu.log holds what ptxas says of each kernel; the rest of what nvcc says is shown.
 PTXAS_REPORT := ^ptxas info *: (Compiling|Function properties|Used|Compile time|[0-9]+ bytes)|^ *[0-9]+ bytes stack frame
 define compile_cuda
 @mkdir -p $(@D)
-@echo '$(NVCC) $<'; $(NVCC) $(NVCC_FLAGS) $(call gencode,$<) -MMD -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ 2>&1 | c++filt \
+@echo '$(NVCC) $<'; $(NVCC) $(NVCC_FLAGS) $(call gencode,$<) -MMD -MP -MF $@.$$$$.d -MT $@ -c $< -o $@.$$$$ 2>&1 | c++filt \
     > $@.$$$$.log; status=$$?; grep -vE '$(PTXAS_REPORT)' $@.$$$$.log >&2; \
     mv $@.$$$$.log $(@:.o=.log) && [ $$status = 0 ] && mv $@.$$$$.d $(@:.o=.d) && mv $@.$$$$ $@
 endef

@@ -4,7 +4,7 @@
 
 #include <cuda_fp8.h>
 
-#include "cuda/decode_tree.cuh"
+#include "cuda/decode_sum.cuh"
 #include "cuda/rows.cuh"
 
 __device__ __forceinline__ float e4m3_of(float x) { // as stored
@@ -12,12 +12,34 @@ __device__ __forceinline__ float e4m3_of(float x) { // as stored
     return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
 }
 
-// One element of a cache.
-template <typename Real>
-__device__ __forceinline__ Real load_cached(const void *base, fa_dtype dtype, int64_t index) {
-    if (dtype != FA_FLOAT8_E4M3) return load<Real>(base, dtype, index);
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(static_cast<const uint8_t *>(base)[index], __NV_E4M3)));
+// An element of a tensor or a cache; uint8_t: e4m3.
+template <typename Real, typename Element>
+__device__ __forceinline__ Real real_of(Element x) {
+    if constexpr (std::is_same_v<Element, uint8_t>)
+        return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, __NV_E4M3)));
+    else if constexpr (std::is_same_v<Element, __half>)
+        return __half2float(x);
+    else if constexpr (std::is_same_v<Element, __nv_bfloat16>)
+        return __bfloat162float(x);
+    else
+        return x;
 }
+
+// Calls f with an element of a dtype that Real is for.
+template <typename Real, typename F>
+__device__ __forceinline__ void by_element(fa_dtype dtype, const F &f) {
+    if constexpr (sizeof(Real) == 8) {
+        f(double());
+    } else {
+        switch (dtype) {
+        case FA_FLOAT32: f(float()); break;
+        case FA_FLOAT16: f(__half()); break;
+        case FA_BFLOAT16: f(__nv_bfloat16()); break;
+        default: f(uint8_t()); break;
+        }
+    }
+}
+
 template <typename Real>
 __device__ __forceinline__ void store_cached(void *base, fa_dtype dtype, int64_t index, Real x) {
     if (dtype != FA_FLOAT8_E4M3) return store<Real>(base, dtype, index, x);
@@ -28,27 +50,53 @@ __device__ __forceinline__ float descale_of(const fa_per_head &t, int b, int h) 
     return t.data ? static_cast<const float *>(t.data)[b * t.stride_b + h * t.stride_h] : 1.0f;
 }
 
-// x = elements d0 to d0 + kCount of a row, 0 beyond its width; rotated, if `rotates`, as what stands at `position`.
-template <int kCount, typename Real>
+// x = elements d0 to d0 + kCount of a row, 0 beyond its width; rotated, if `rotates`, as what stands at `position`. All is
+// asked for before any of it is waited for.
+template <typename Element, int kCount, typename Real>
 __device__ __forceinline__ void load_rotated(Real (&x)[kCount], const fa_kvcache_args &args, const fa_tensor &t,
                                              int64_t row_at, int d0, int width, bool rotates, int64_t position) {
+    const Element *const row = static_cast<const Element *>(t.data) + row_at;
+    Element own[kCount], other[kCount];
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) x[c] = d0 + c < width ? load<Real>(t.data, args.dtype, row_at + d0 + c) : Real(0);
+    for (int c = 0; c < kCount; ++c) own[c] = d0 + c < width ? row[d0 + c] : Element(0.0f);
     const fa_rotary &rotary = args.rotary;
-    if (!rotates || !rotary.cos || d0 >= rotary.dim) return;
-    const int dim = static_cast<int>(rotary.dim), half = dim / 2;
-    const int64_t table_row = fa_clamp(position, 0, rotary.positions - 1) * half;
+    const int dim = rotates && rotary.cos ? static_cast<int>(rotary.dim) : 0, half = dim / 2;
+    const auto is_second = [&](int d) { return rotary.interleaved ? d % 2 != 0 : d >= half; };
+    const auto pair = [&](int d) { return rotary.interleaved ? d / 2 : d >= half ? d - half : d; };
+    Real cosine[kCount], sine[kCount];
+    if (d0 < dim) {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) {
+            const int d = d0 + c, partner = rotary.interleaved ? d ^ 1 : d >= half ? d - half : d + half;
+            other[c] = d < dim ? row[partner] : Element(0.0f);
+        }
+        const int64_t at = fa_clamp(position, 0, rotary.positions - 1) * half;
+        const auto load_angles = [&](auto of_type) {
+            using Table = decltype(of_type);
+            const Table *const cosines = static_cast<const Table *>(rotary.cos) + at;
+            const Table *const sines = static_cast<const Table *>(rotary.sin) + at;
+            Table loaded[2][kCount];
+#pragma unroll
+            for (int c = 0; c < kCount; ++c) {
+                const bool is_there = d0 + c < dim;
+                loaded[0][c] = is_there ? cosines[pair(d0 + c)] : Table(1.0f);
+                loaded[1][c] = is_there ? sines[pair(d0 + c)] : Table(0.0f);
+            }
+#pragma unroll
+            for (int c = 0; c < kCount; ++c)
+                cosine[c] = real_of<Real>(loaded[0][c]), sine[c] = real_of<Real>(loaded[1][c]);
+        };
+        if (rotary.dtype == FA_FLOAT32)
+            load_angles(float());
+        else
+            load_angles(Element());
+    }
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
-        const int d = d0 + c;
-        if (d >= dim) break;
-        const bool is_second = rotary.interleaved ? d % 2 : d >= half;
-        const int pair = rotary.interleaved ? d / 2 : is_second ? d - half : d;
-        const int other = rotary.interleaved ? d ^ 1 : is_second ? d - half : d + half;
-        const Real cosine = load<Real>(rotary.cos, rotary.dtype, table_row + pair);
-        const Real sine = load<Real>(rotary.sin, rotary.dtype, table_row + pair);
-        const Real partner = load<Real>(t.data, args.dtype, row_at + other);
-        x[c] = fma_of(x[c], cosine, product(is_second ? partner : -partner, sine));
+        x[c] = real_of<Real>(own[c]);
+        if (d0 + c >= dim) continue;
+        const Real partner = real_of<Real>(other[c]);
+        x[c] = fma_of(x[c], cosine[c], product(is_second(d0 + c) ? partner : -partner, sine[c]));
     }
 }
 
@@ -59,62 +107,69 @@ struct QueryRow {
         : i(plan.group.quotient(row)), h((head - i) * static_cast<int>(plan.group.value) + row) {}
 };
 
-// Some columns of a row's result, from col on: o = O / l, lse = m + ln l, with the sink.
-template <typename Real, int kColumns>
+// What softcap, slopes and the tree make of a score: -inf where it is hidden.
+template <typename Real>
+struct ScoreChanges {
+    const fa_kvcache_args &args;
+    const fa_cached_sequence &seq;
+    int b;
+    template <int kKeys>
+    __device__ __forceinline__ ScoreChanges(const fa_kvcache_args &args_, const Cursor<kKeys> &turn)
+        : args(args_), seq(turn.of.seq), b(turn.b) {}
+
+    __device__ __forceinline__ Real of(Real s, const QueryRow &row, int key) const {
+        const Real softcap = static_cast<Real>(args.softcap);
+        if (args.softcap > 0) s = product(softcap, tanh_of(s / softcap));
+        if (args.alibi_slopes.data)
+            s -= product(load_per_head<Real>(args.alibi_slopes, b, row.h),
+                         static_cast<Real>(abs(seq.start + row.i - key)));
+        return key < seq.len_k && !fa_tree_shows(&args, &seq, b, row.i, key) ? -infinity(Real()) : s;
+    }
+};
+
+// Some columns of a row's result: o = O / l, lse = m + ln l, with the sink. col(c): where column c of the part is.
+template <typename Real, int kColumns, typename Col>
 __device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<Real, kColumns> part, int b, int head_kv,
-                                             const QueryRow &row, int col) {
+                                             const QueryRow &row, const Col &col) {
     constexpr Real kLog2E = Real(1.44269504088896340736), kLn2 = Real(0.69314718055994530942);
     if (args.sinks.data) {
         const Part<Real, kColumns> sink = {load_per_head<Real>(args.sinks, 0, row.h) * kLog2E, 1, {}};
         if (sink.max != -infinity(Real())) part.fold(sink);
     }
     const Real scale = part.sum == 0 ? Real(0) : descale_of(args.v_descale, b, head_kv) / part.sum; // a NaN stays one
-    const int64_t at = fa_row_offset(&args.o, b, row.h, row.i) + col;
-    const int width = static_cast<int>(args.head_dim_v);
-    if (args.lse.data && col == 0)
+    const int64_t at = fa_row_offset(&args.o, b, row.h, row.i);
+    if (args.lse.data && col(0) == 0)
         store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32,
               fa_row_offset(&args.lse, b, row.h, row.i),
               part.sum == 0 ? -infinity(Real()) : (part.max + log2_of(part.sum)) * kLn2);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) part.o[c] *= scale;
-    if constexpr (kColumns == 4) {
-        char *to = static_cast<char *>(args.o.data) + at * fa_dtype_bytes(args.dtype);
-        if (fa_dtype_bytes(args.dtype) == 2 && col + 4 <= width && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-            *reinterpret_cast<uint2 *>(to) = make_uint2(pack(float(part.o[0]), float(part.o[1]), args.dtype),
-                                                        pack(float(part.o[2]), float(part.o[3]), args.dtype));
-            return;
-        }
-    }
-#pragma unroll
     for (int c = 0; c < kColumns; ++c)
-        if (col + c < width) store(args.o.data, args.dtype, at + c, part.o[c]);
+        if (col(c) < args.head_dim_v) store(args.o.data, args.dtype, at + col(c), part.o[c] * scale);
 }
 
-// ---- partial results -----------------------------------------------------------------------------------------------------
+// ---- chunks that are told --------------------------------------------------------------------------------------------------
 
-// Slot of a block: rows of kDim columns, then each row's m and l. A block tells of two lines at most: of the one that it
-// begins within, in the first slots, and of the left end of the one that it ends within, in the last kLevels.
+// Rows of kDim columns, then each row's m and l.
 template <typename Real, int kDim>
-struct Slot {
-    Real *rows;
-    __device__ __forceinline__ Slot(const DecodePlan &plan, int block, int nth)
-        : rows(static_cast<Real *>(plan.partial) +
-               (static_cast<int64_t>(block) * plan.slots + nth) * plan.slot_rows * (kDim + 4)) {}
-    __device__ __forceinline__ void store_part(const DecodePlan &plan, int row, int col, const Part<Real> &part) const {
-        Real *to = rows + row * kDim + col;
+struct ToldChunk {
+    Real *rows, *max_and_sum;
+
+    static __host__ __device__ __forceinline__ int64_t bytes(const DecodePlan &plan) {
+        return plan.chunk_rows * (kDim + 4) * static_cast<int64_t>(sizeof(Real));
+    }
+    __device__ __forceinline__ ToldChunk(const DecodePlan &plan, int place, int chunk)
+        : rows(reinterpret_cast<Real *>(static_cast<char *>(plan.told) +
+                                        plan.places * static_cast<int64_t>(sizeof(ToldLine)) +
+                                        (static_cast<int64_t>(place) * plan.line_chunks + chunk) * bytes(plan))),
+          max_and_sum(rows + plan.chunk_rows * kDim) {}
+
+    // Four columns of a row; col(c): where column c is.
+    template <typename Col>
+    __device__ __forceinline__ void store_part(int row, int quad, const Col &col, const Part<Real> &part) const {
 #pragma unroll
-        for (int c = 0; c < 4; c += kVec<Real>) {
-            Vec<Real> vec;
-#pragma unroll
-            for (int n = 0; n < kVec<Real>; ++n) vec.x[n] = part.o[c + n];
-            *reinterpret_cast<Vec<Real> *>(to + c) = vec;
-        }
-        Real *max_and_sum = rows + plan.slot_rows * kDim + row * 4;
-        if (col == 0) max_and_sum[0] = part.max, max_and_sum[1] = part.sum, max_and_sum[2] = max_and_sum[3] = 0;
+        for (int c = 0; c < 4; ++c) rows[row * kDim + col(c)] = part.o[c];
+        if (quad == 0) max_and_sum[2 * row] = part.max, max_and_sum[2 * row + 1] = part.sum;
     }
 };
-__device__ __forceinline__ int first_slot(const DecodePlan &plan, bool begins_within) {
-    return begins_within ? 0 : plan.slots - kLevels;
-}
 
 #endif

@@ -1,26 +1,21 @@
-// Which turn on tensor cores serves a request, and its launch.
+// Which tile on tensor cores serves a request, and its launch.
 #include "cuda/decode_tensor_core.cuh"
 
-// Calls f with a tile for the request's head_dim that fits the device: stages of 32 KiB on Hopper, fewer elsewhere.
-template <typename Element, typename Cache, typename F>
-static auto by_head_dim(const fa_kvcache_args *args, const F &f) {
-    constexpr int kScale = sizeof(Element) / sizeof(Cache);
-    using Small64 = TensorCoreDecode<Element, Cache, 64, 4 * kScale>;
-    using Small128 = TensorCoreDecode<Element, Cache, 128, 3 * kScale>;
-    using Small256 = TensorCoreDecode<Element, Cache, 256, 3 * kScale>;
-    const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
-    if (dim <= 64) {
-        using Large = TensorCoreDecode<Element, Cache, 64, 8 * kScale>;
-        return decode_fits<Large>() ? f(Large()) : f(Small64());
-    }
-    if (dim <= 128) {
-        using Large = TensorCoreDecode<Element, Cache, 128, 5 * kScale>;
-        return decode_fits<Large>() ? f(Large()) : f(Small128());
-    }
-    using Large = TensorCoreDecode<Element, Cache, 256, 5 * kScale>;
-    return decode_fits<Large>() ? f(Large()) : f(Small256());
+// Calls f with the tile for the request's head_dim and, if the device has shared memory for it, for its rows.
+template <typename Element, typename Cache, int kDim, typename F>
+static auto by_rows(const fa_kvcache_args *args, const F &f) {
+    using Tile8 = TensorCoreDecode<Element, Cache, kDim, 8>;
+    using Tile16 = TensorCoreDecode<Element, Cache, kDim, 16>;
+    return args->heads_q / args->heads_kv * args->seqlen_q > 8 && decode_fits<Tile16>() ? f(Tile16()) : f(Tile8());
 }
 
+template <typename Element, typename Cache, typename F>
+static auto by_head_dim(const fa_kvcache_args *args, const F &f) {
+    const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
+    if (dim <= 64) return by_rows<Element, Cache, 64>(args, f);
+    if (dim <= 128) return by_rows<Element, Cache, 128>(args, f);
+    return by_rows<Element, Cache, 256>(args, f);
+}
 template <typename F>
 static auto by_dtype(const fa_kvcache_args *args, const F &f) {
     const bool is_float8 = args->cache_dtype == FA_FLOAT8_E4M3;

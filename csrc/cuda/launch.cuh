@@ -25,7 +25,9 @@ static fa_status fa_launch(const char *what, void (*kernel)(Params...), int64_t 
 // device knows of that (sm_90).
 template <typename... Params>
 static fa_status fa_launch_dependent(const char *what, void (*kernel)(Params...), dim3 blocks, unsigned threads,
-                                     cudaStream_t stream, const std::common_type_t<Params> &...params) {
+                                     size_t shared_bytes, cudaStream_t stream,
+                                     const std::common_type_t<Params> &...params) {
+    if (blocks.x == 0) return FA_OK;
     int device = 0, major = 0;
     if (cudaGetDevice(&device) == cudaSuccess)
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -33,7 +35,7 @@ static fa_status fa_launch_dependent(const char *what, void (*kernel)(Params...)
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = dim3(threads), config.stream = stream;
+    config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = major >= 9;
     void *pointers[] = {const_cast<void *>(static_cast<const void *>(&params))...};
     const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), pointers);

@@ -65,7 +65,10 @@ __global__ void __launch_bounds__(kPrefillThreads)
     const auto move = [&](const fa_tensor &from, const fa_tensor &to, int64_t head, int64_t to_row, int64_t width,
                           bool rotates) {
         if (col >= width) return;
-        load_rotated(x, args, from, fa_row_offset(&from, b, head, i), col, static_cast<int>(width), rotates, position);
+        by_element<Real>(args.dtype, [&](auto of_type) {
+            load_rotated<decltype(of_type)>(x, args, from, fa_row_offset(&from, b, head, i), col,
+                                            static_cast<int>(width), rotates, position);
+        });
         const int64_t at = fa_row_offset(&to, b, head, to_row) + col;
 #pragma unroll
         for (int c = 0; c < kPrefillColumns; ++c)
