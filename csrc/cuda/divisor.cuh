@@ -16,7 +16,9 @@ struct Divisor { // of numerators from 0 to 2^31 - 1
         multiplier = static_cast<uint32_t>(((uint64_t(1) << (32 + shift)) + value - 1) / value);
     }
     FA_HOST_DEVICE constexpr int quotient(int n) const {
-        return value == 1 ? n : static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier >> 32 >> shift);
+        return value == 1
+                   ? n
+                   : static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier >> 32 >> shift);
     }
 };
 

@@ -35,7 +35,8 @@ static fa_status fa_launch_dependent(const char *what, void (*kernel)(Params...)
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes,
+    config.stream = stream;
     config.attrs = &attribute, config.numAttrs = major >= 9;
     void *pointers[] = {const_cast<void *>(static_cast<const void *>(&params))...};
     const cudaError_t error = cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), pointers);
