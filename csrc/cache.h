@@ -12,13 +12,17 @@ typedef struct fa_cached_sequence {
     int32_t len_k; // tokens that a query may see, new ones included
 } fa_cached_sequence;
 
-// Lengths are read here, where they lie, and cut to the pages: on a GPU nothing has checked them before.
-static FA_HOST_DEVICE fa_cached_sequence fa_cached_sequence_at(const fa_kvcache_args *args, int64_t b) {
+// Of a length, which is cut to the pages: on a GPU nothing has checked it before.
+static FA_HOST_DEVICE fa_cached_sequence fa_cached_sequence_of(const fa_kvcache_args *args, int32_t given) {
     const int32_t capacity = (int32_t)(args->max_pages * args->page_size), seqlen_q = (int32_t)args->seqlen_q;
-    const int32_t given = args->cache_seqlens[b], cut = given < capacity ? given : capacity, length = cut > 0 ? cut : 0;
+    const int32_t cut = given < capacity ? given : capacity, length = cut > 0 ? cut : 0;
     const int32_t longer = length + seqlen_q < capacity ? length + seqlen_q : capacity;
     const fa_cached_sequence seq = {args->k.data ? length : length - seqlen_q, args->k.data ? longer : length};
     return seq;
+}
+
+static FA_HOST_DEVICE fa_cached_sequence fa_cached_sequence_at(const fa_kvcache_args *args, int64_t b) {
+    return fa_cached_sequence_of(args, args->cache_seqlens[b]); // lengths are read where they lie
 }
 
 // The keys that row i of q may see; of those from seq->start on only such as fa_tree_shows.

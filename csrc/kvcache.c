@@ -14,6 +14,7 @@ static fa_status check_rotary(const fa_kvcache_args *args) {
     FA_REQUIRE(rotary->interleaved == 0 || rotary->interleaved == 1, FA_ERROR_VALUE,
                "rotary_interleaved %d: must be 0 or 1", (int)rotary->interleaved);
     // Every token that a cache may hold has a position.
+    FA_CHECK(fa_check_size("rotary_cos, rotary_sin: positions", rotary->positions, 1, INT32_MAX));
     FA_REQUIRE(rotary->positions >= args->max_pages * args->page_size, FA_ERROR_VALUE,
                "rotary_cos has %lld positions: the cache holds %lld tokens a sequence", (long long)rotary->positions,
                (long long)(args->max_pages * args->page_size));

@@ -53,7 +53,8 @@ __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache
     typename T::Copier copier(plan);
     StageRing ring, lines;
     Cursor<T::kKeys> next = turn; // its pages are on their way while a turn is copied
-    if (T::kLooksAhead && turn.left > 0) copier.look_up(args, plan, next);
+    if constexpr (T::kLooksAhead)
+        if (turn.left > 0) copier.look_up(args, plan, next);
     for (; turn.left > 0; ring.advance(plan.stages)) {
         if (turn.begins_line()) copier.begin_line(args, turn);
         if constexpr (T::kLooksAhead) {
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
 
     warm_constants(args, plan);
     wait_for_prerequisites();
-    let_dependents_start();
+    let_dependents_start(); // decode_merge relies on it that this comes after the wait
     Cursor<T::kKeys> turn;
     if (threadIdx.x < 32) {
         turn.find(args, plan, static_cast<int>(blockIdx.x));
@@ -197,9 +198,14 @@ static int64_t lines_of(const fa_kvcache_args *args) {
 // Stages that the device has shared memory for; at least two are needed.
 template <typename T>
 static int decode_stages() {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int device = 0, of_block = 0, of_sm = 0, reserved = 0;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+        cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+        cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    }
+    const int64_t beside = 2 * reserved + static_cast<int64_t>(sizeof(MergeSmem<typename T::Real, T::kDim>));
+    const int64_t bytes = T::kLeavesRoom ? fa_min(of_block, of_sm - beside) : of_block;
     const int64_t fixed = sizeof(DecodeSmem<T>) - sizeof(typename T::Stage);
     return static_cast<int>(
         fa_clamp((bytes - fixed) / static_cast<int64_t>(sizeof(typename T::Stage)), 0, kMostStages));
@@ -251,7 +257,7 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
             merges_lines,
             decode_stages<T>(),
             cache_bytes > l2_bytes,
-            !args->page_table || (args->page_size > 0 && args->page_size % T::kKeys == 0),
+            args->max_pages <= 1 || args->page_size % T::kKeys == 0,
             args->softcap > 0 || args->alibi_slopes.data || args->tree_mask,
             strides(args->k_cache),
             strides(args->v_cache),

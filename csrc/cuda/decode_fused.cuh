@@ -51,7 +51,7 @@ struct FusedDecode {
     static constexpr int kDim = kDim_, kRows = kRows_;
     static constexpr int kKeys = 16 * 1024 / (kDim * sizeof(Real)); // K and V of a stage: 16 KiB each
     static constexpr int kCopiers = 128, kAttenders = kDim > 128 || kIsDouble ? 128 : 256; // threads
-    static constexpr bool kLooksAhead = false; // for pages: registers are few
+    static constexpr bool kLooksAhead = false, kLeavesRoom = false; // for pages, for decode_merge: registers are few
     static constexpr int kFolders = 128, kThreads = kCopiers + kAttenders + kFolders;
     static constexpr int kRegisters = 64 * 1024 / kThreads / 8 * 8;       // a thread's
     static constexpr int kQuads = kDim / 4, kTeams = kAttenders / kQuads; // of attenders, four columns each
@@ -260,9 +260,9 @@ struct FusedDecode {
         }
     };
 
-    // The sum of all teams that have the row.
     // Columns of O, four at a time.
     static __device__ __forceinline__ int column(int quad, int c) { return 4 * quad + c; }
+    // The sum of all teams that have the row.
     static __device__ __forceinline__ Part<Real> part_of(const Sums &sums, int row, int quad) {
         Part<Real> part = {sums.of_row[row][0], sums.of_row[row][1], {}};
         const int groups = sums.groups;

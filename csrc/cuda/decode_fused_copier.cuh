@@ -37,11 +37,9 @@ struct TurnPages {
     __device__ __forceinline__ void look_up(const fa_kvcache_args &args, const DecodePlan &plan,
                                             const Cursor<kKeys> &turn, const Key &key) {
         const int token0 = turn.turn * kKeys, len_k = turn.of.seq.len_k;
-        const int32_t *const table = args.page_table ? args.page_table + turn.b * args.page_table_stride : nullptr;
         const auto look = [&](int n, int token) {
-            const int nth = plan.page_size.quotient(token);
-            row[n] = token - nth * static_cast<int>(plan.page_size.value);
-            of[n] = !table ? turn.b : token < len_k ? table[nth] : -1;
+            row[n] = row_in_page(plan, token);
+            of[n] = page_of(args, plan, turn.b, token, len_k);
         };
         if (plan.turns_in_pages) {
             look(0, token0);
@@ -59,7 +57,6 @@ class FusedCopier {
     using Real = typename T::Real;
     using Stage = typename T::Stage;
     using Turn = Cursor<T::kKeys>;
-    static constexpr bool kIsDouble = sizeof(Real) == 8;
     static constexpr int kKeys = T::kKeys, kRows = T::kRows, kDim = T::kDim, kCopiers = T::kCopiers;
     static constexpr int kColumns = kDim / kVec<Real>, kCopies = kKeys * kColumns / kCopiers;
     static_assert(kCopies * kCopiers == kKeys * kColumns);
@@ -89,7 +86,6 @@ class FusedCopier {
 public:
     __device__ __forceinline__ explicit FusedCopier(const DecodePlan &) {}
     __device__ __forceinline__ void begin_line(const fa_kvcache_args &, const Turn &) {}
-    __device__ __forceinline__ void look_up(const fa_kvcache_args &, const DecodePlan &, const Turn &) {}
 
     __device__ __forceinline__ void copy(Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
                                          const Turn &turn) const {
@@ -221,7 +217,7 @@ private:
             for (int c = 0; c < kVec<Real>; ++c) {
                 const bool is_there = col(n) + c < width;
                 const Real x = descale.data ? vec.x[c] / scale : vec.x[c];
-                tile[row(n)][col(n) + c] = is_there ? rounded(x, args->cache_dtype) : Real(0);
+                tile[row(n)][col(n) + c] = is_there && page >= 0 ? rounded(x, args->cache_dtype) : Real(0);
                 if (turn.m_block == 0 && page >= 0 && is_there) store_cached(cache.data, args->cache_dtype, at + c, x);
             }
         };

@@ -46,11 +46,17 @@ struct RowFolds {
     }
 };
 
+template <typename Real, int kDim>
+struct MergeSmem {
+    static constexpr int kRowsOfWarp = kDim < 128 ? 128 / kDim : 1;
+    RowFolds<Real> folds[kMergeThreads / 32][kRowsOfWarp];
+};
+
 template <typename Real, int kDim, int kKeys, int kRows>
 __global__ void __launch_bounds__(kMergeThreads)
     decode_merge(const __grid_constant__ fa_kvcache_args args, const __grid_constant__ DecodePlan plan) {
-    constexpr int kQuads = kDim / 4, kRowsOfWarp = kQuads < 32 ? 32 / kQuads : 1, kVecs = 4 / kVec<Real>;
-    __shared__ RowFolds<Real> folds[kMergeThreads / 32][kRowsOfWarp];
+    constexpr int kQuads = kDim / 4, kRowsOfWarp = MergeSmem<Real, kDim>::kRowsOfWarp, kVecs = 4 / kVec<Real>;
+    __shared__ MergeSmem<Real, kDim> smem;
 
     warm_constants(args, plan);
     let_dependents_start();
@@ -58,7 +64,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     const int flat = static_cast<int>(blockIdx.y) * kMergeThreads + static_cast<int>(threadIdx.x);
     const int row = flat / kQuads, quad = flat % kQuads, warp_row = (flat & -32) / kQuads;
 
-    // Of one sequence what will be told is known while the first kernel runs, its length is.
+    // Of one sequence what will be told is known while the first kernel runs: that has waited for the length before it let
+    // this one start.
     ToldLine line;
     const bool is_known = args.batch == 1 && plan.merges_lines;
     if (is_known) line = Partition<kKeys>(args, plan).only_line(place);
@@ -83,10 +90,10 @@ __global__ void __launch_bounds__(kMergeThreads)
     load(0);
 #pragma unroll
     for (int r = 0; r < kRowsOfWarp; ++r)
-        if (warp_row + r < rows) folds[warp][r].template find<kDim>(plan, place, line, warp_row + r);
+        if (warp_row + r < rows) smem.folds[warp][r].template find<kDim>(plan, place, line, warp_row + r);
     __syncwarp(); // folds are there
     if (!is_there) return;
-    const RowFolds<Real> &by = folds[warp][row - warp_row];
+    const RowFolds<Real> &by = smem.folds[warp][row - warp_row];
     Part<Real> sum = Part<Real>::empty();
     for (int n0 = 0; n0 < line.chunks; n0 += kMergeAtOnce) {
         if (n0 > 0) load(n0);

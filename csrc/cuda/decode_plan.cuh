@@ -3,7 +3,7 @@
 //   row      a query of a head; the rows that share a key/value head (heads_q / heads_kv of each new token) are taken together
 //   line     kRows of these rows, with all keys that they see; a sequence has `lines` of them, all equally long
 //   turn     kKeys keys of a line, counted from key 0 of the sequence: what a block reads at a time
-//   chunk    turns of a line, a power of two of them by the length of the sequence alone: what one block sums up
+//   chunk    turns of a line, a power of two of them by the sequence's length and the shapes: what one block sums up
 //
 // The lines' turns, one line after the other, are cut into as many parts as there are blocks, between chunks. A part may end
 // within a line, or hold many lines. Which blocks there are changes no result: decode_sum.cuh.
@@ -13,6 +13,7 @@
 #include "cache.h"
 #include "cuda/device.cuh"
 #include "cuda/divisor.cuh"
+#include "cuda/ptx/sync.cuh"
 
 // Of a cache, in 16 bytes.
 struct CacheStrides {
@@ -66,8 +67,9 @@ struct Sequence {
     int lo; // the first key that a row sees
     Turns turns;
 
-    __device__ __forceinline__ void read(const fa_kvcache_args &args, int b) {
-        seq = fa_cached_sequence_at(&args, b);
+    __device__ __forceinline__ void read(const fa_kvcache_args &args, int b) { be_of(args, args.cache_seqlens[b]); }
+    __device__ __forceinline__ void be_of(const fa_kvcache_args &args, int length) {
+        seq = fa_cached_sequence_of(&args, length);
         lo = static_cast<int>(fa_cached_keys(&args, &seq, 0).lo);
         turns.first = lo / kKeys;
         turns.last = max((seq.len_k + kKeys - 1) / kKeys, turns.first + 1); // at least one, which writes o
@@ -82,6 +84,11 @@ struct Sequence {
     }
 };
 
+// The chunk that a turn is of, counted from the line's first.
+__device__ __forceinline__ int chunk_of(int turn, const Turns &line, int chunk_shift) {
+    return (turn >> chunk_shift) - (line.first >> chunk_shift);
+}
+
 // A line, and where its turns stand among those of all lines.
 struct Line {
     int b, line; // line: of sequence b
@@ -94,10 +101,6 @@ struct Line {
         turns = of.turns, chunk_shift = of.chunk_shift(plan);
     }
     __device__ __forceinline__ int length() const { return turns.last - turns.first; }
-    // The chunk that a turn is of, counted from the line's first.
-    __device__ __forceinline__ int chunk_of(int turn) const {
-        return (turn >> chunk_shift) - (turns.first >> chunk_shift);
-    }
 };
 
 // A line that blocks share, by the one that begins it: it has folded the chunks up to first_chunk, others tell those behind
@@ -140,7 +143,8 @@ class Partition {
         }
         __device__ __forceinline__ int total() const { return __shfl_sync(~0u, end, 31); }
     };
-    Lengths first; // of b0 = 0: most often all
+    Lengths first;        // of b0 = 0: most often all
+    Sequence<kKeys> only; // of one sequence; its length as the kernels before have left it, whoever waits for these
     __device__ __forceinline__ int uncut(int i) const { return i * each + min(i, rest); }
 
     // The sequence that a turn of all lines belongs to, and the turns before it. Each lane may ask for its own: lanes 0 and 1
@@ -173,10 +177,9 @@ class Partition {
 public:
     __device__ __forceinline__ Partition(const fa_kvcache_args &args_, const DecodePlan &plan_)
         : args(args_), plan(plan_), total(0), each(0), rest(0) {
+        if (args.batch == 1) only.be_of(args, load_relaxed(args.cache_seqlens));
         if (plan.parts_a_line) return;
         if (args.batch == 1) {
-            Sequence<kKeys> only;
-            only.read(args, 0);
             total = only.length() * plan.lines;
         } else {
             first = Lengths(args, plan, 0);
@@ -186,6 +189,12 @@ public:
         }
         each = plan.blocks_divisor.quotient(total), rest = total - each * plan.blocks;
     }
+    __device__ __forceinline__ Sequence<kKeys> sequence(int b) const {
+        Sequence<kKeys> of = only;
+        if (args.batch > 1) of.read(args, b);
+        return of;
+    }
+
     // The line in which part i begins, or at whose end; of part `blocks`, the last one. Lanes 0 and 1 may ask for two.
     __device__ __forceinline__ Line line_of(int i) const {
         Line line;
@@ -196,9 +205,7 @@ public:
         } else {
             find(turn, line.b, line.start);
         }
-        Sequence<kKeys> of;
-        of.read(args, line.b);
-        line.be_of(of, plan);
+        line.be_of(sequence(line.b), plan);
         if (plan.parts_a_line) return line;
         line.line = (turn - line.start) / line.length();
         line.start += line.line * line.length();
@@ -235,11 +242,10 @@ public:
 
     // Line `nth` of the only sequence, as the block that begins it tells of it.
     __device__ __forceinline__ ToldLine only_line(int nth) const {
-        Sequence<kKeys> of;
-        of.read(args, 0);
-        const Line line = {0, nth, nth * of.length(), of.turns, of.chunk_shift(plan)};
-        const int end = cut(beginning_part(line) + 1, line), told = line.chunk_of(end - 1);
-        return {0, nth, told, end < of.turns.last ? line.chunk_of(of.turns.last - 1) - told + 1 : 0};
+        const Line line = {0, nth, nth * only.length(), only.turns, only.chunk_shift(plan)};
+        const int end = cut(beginning_part(line) + 1, line), told = chunk_of(end - 1, line.turns, line.chunk_shift);
+        const int last = chunk_of(line.turns.last - 1, line.turns, line.chunk_shift);
+        return {0, nth, told, end < line.turns.last ? last - told + 1 : 0};
     }
 };
 
@@ -264,7 +270,7 @@ struct Cursor {
         const int of_b = __shfl_sync(~0u, line.line, 0);
         const int start = __shfl_sync(~0u, line.start, 0);
         if (left <= 0) return;
-        of.read(args, b);
+        of = partition.sequence(b);
         chunk_shift = of.chunk_shift(plan);
         head = plan.m_blocks.quotient(of_b), m_block = of_b - head * static_cast<int>(plan.m_blocks.value);
         place = plan.merges_lines        ? b * plan.lines + of_b
@@ -277,9 +283,8 @@ struct Cursor {
     __device__ __forceinline__ int chunk_turns() const {
         return min((turn | ((1 << chunk_shift) - 1)) + 1, of.turns.last) - turn;
     }
-    // Counted from the line's first.
-    __device__ __forceinline__ int chunk() const { return chunk_of(turn); }
-    __device__ __forceinline__ int last_chunk() const { return chunk_of(of.turns.last - 1); }
+    __device__ __forceinline__ int chunk() const { return chunk_of(turn, of.turns, chunk_shift); }
+    __device__ __forceinline__ int last_chunk() const { return chunk_of(of.turns.last - 1, of.turns, chunk_shift); }
     __device__ __forceinline__ void advance(const fa_kvcache_args &args, const DecodePlan &plan, int turns = 1) {
         left -= turns, turn += turns;
         if (turn == of.turns.last && left > 0) next_line(args, plan);
@@ -291,9 +296,6 @@ struct Cursor {
     }
 
 private:
-    __device__ __forceinline__ int chunk_of(int at) const {
-        return (at >> chunk_shift) - (of.turns.first >> chunk_shift);
-    }
     __device__ __forceinline__ void next_line(const fa_kvcache_args &args, const DecodePlan &plan) {
         if (++m_block == static_cast<int>(plan.m_blocks.value)) m_block = 0, ++head;
         if (head == args.heads_kv) {

@@ -133,7 +133,7 @@ __device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<R
                                              const QueryRow &row, const Col &col) {
     constexpr Real kLog2E = Real(1.44269504088896340736), kLn2 = Real(0.69314718055994530942);
     if (args.sinks.data) {
-        const Part<Real, kColumns> sink = {load_per_head<Real>(args.sinks, 0, row.h) * kLog2E, 1, {}};
+        const Part<Real, kColumns> sink = {product(load_per_head<Real>(args.sinks, 0, row.h), kLog2E), 1, {}};
         if (sink.max != -infinity(Real())) part.fold(sink);
     }
     const Real scale = part.sum == 0 ? Real(0) : descale_of(args.v_descale, b, head_kv) / part.sum; // a NaN stays one

@@ -10,7 +10,8 @@
 //
 // Keys of e4m3 are converted to float16 as they are read, exactly. Four columns of theirs lie in a word where an mma wants two
 // of either half of 16: the inner axis of S is taken in the order of the words, in Q too, and O comes as the words' even and
-// odd bytes. Queries of bfloat16 become float16 for them, each row times a power of two that leaves them exact.
+// odd bytes. Queries of bfloat16 become float16 for them, each row times a power of two: exactly, but for what is 2^38 times
+// smaller than the row's largest.
 #ifndef FA_DECODE_TENSOR_CORE_CUH
 #define FA_DECODE_TENSOR_CORE_CUH
 
@@ -29,9 +30,9 @@ struct TensorCoreDecode {
     static constexpr int kKeys = 64 * 128 / kDim; // K and V of a turn: 16 KiB each, of float8 half
     static constexpr int kKeyWarps = kDim > 128 ? 2 : 4, kSlices = 4 / kKeyWarps, kSlice = kDim / kSlices; // of columns
     static constexpr int kCopiers = 128, kAttenders = 128, kFolders = 128, kThreads = kCopiers + kAttenders + kFolders;
-    static constexpr bool kLooksAhead = true; // for pages
-    // A thread's: with 8 rows decode_merge's blocks fit beside.
-    static constexpr int kRegisters = (kRows > 8 ? 64 : 57) * 1024 / kThreads / 8 * 8;
+    static constexpr bool kLooksAhead = true;                  // for pages
+    static constexpr bool kLeavesRoom = kRows == 8;            // for a block of decode_merge beside
+    static constexpr int kRegisters = kLeavesRoom ? 144 : 168; // a thread's; of decode_merge 72
     static constexpr int kKeyTiles = kKeys / 16 / kKeyWarps, kRowTiles = kRows / 8, kColTiles = kSlice / 16; // a warp's
 
     using Stage = DecodeStage<Cache, kKeys, kDim>;

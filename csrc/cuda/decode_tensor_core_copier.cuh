@@ -170,7 +170,7 @@ private:
 #pragma unroll
             for (int c = 0; c < 8; ++c) most = fmaxf(most, fabsf(x[c]));
             const int own = __float_as_int(row_max_of<kDim / 8>(most)) >> 23;
-            if (own > 0 && own < 255) exponent = max(own, 15);
+            if (own < 255) exponent = max(own, 15);
         }
         const float factor = __int_as_float((2 * 127 + 14 - exponent) << 23);
 #pragma unroll
@@ -203,10 +203,11 @@ private:
             for (int c = 0; c < kPiece; ++c)
                 store_cached<float>(stored.x, T::kIsFloat8 ? FA_FLOAT8_E4M3 : kDtype<Element>, c,
                                     descale.data ? x[c] / scale : x[c]);
+            const int page = page_of(args, plan, turn.b, token, turn.of.seq.len_k);
+            if (!page_exists(args, page)) stored = {};
             Tile &tile = is_k ? stage.k : stage.v;
             Cache *const to = reinterpret_cast<Cache *>(tile.at(token - token0, col / Tile::kPerColumn));
             *reinterpret_cast<Piece *>(to + col % Tile::kPerColumn) = stored;
-            const int page = page_of(args, plan, turn.b, token, turn.of.seq.len_k);
             if (turn.m_block > 0 || !page_exists(args, page) || col >= width) continue;
             Cache *const head = static_cast<Cache *>(cache.data) + turn.head * cache.stride_h;
             *reinterpret_cast<Piece *>(head + page * cache.stride_b + row_in_page(plan, token) * cache.stride_l + col) =

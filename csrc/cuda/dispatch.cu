@@ -56,7 +56,8 @@ static void refuse_tensor_core_kvcache(const fa_kvcache_args *args, fa_reasons *
         fa_add_reason(reasons,
                       "takes rows of whole 16 bytes, aligned to them (head_dim, strides and addresses of q and "
                       "the caches)");
-    const auto has_far_rows = [&](const fa_tensor &t) { return fa_max(t.stride_b, t.stride_l) * bytes >> 36 != 0; };
+    const auto is_far = [&](int64_t stride) { return stride < 0 || stride * bytes >> 36 != 0; };
+    const auto has_far_rows = [&](const fa_tensor &t) { return is_far(t.stride_b) || is_far(t.stride_l); };
     if (has_far_rows(args->k_cache) || has_far_rows(args->v_cache))
         fa_add_reason(reasons, "takes pages and rows less than 64 GiB apart");
     if (reasons->used == 0 && !fa_cuda_tensor_core_decode_fits(args))

@@ -6,6 +6,9 @@
 
 #include "cuda/cuda.h"
 
+constexpr size_t kHopperSharedBytes = 226 * 1024; // of an SM of Hopper, less what blocks reserve
+constexpr size_t kAnySharedBytes = 99 * 1024;     // of a block, on every GPU from sm_80 on
+
 // `what` names the kernel in the sentence of a failure. Nothing is launched where there is no block.
 template <typename... Params>
 static fa_status fa_launch(const char *what, void (*kernel)(Params...), int64_t blocks, unsigned threads,

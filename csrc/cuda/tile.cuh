@@ -18,9 +18,6 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/rows.cuh"
 
-constexpr size_t kHopperSharedBytes = 226 * 1024; // of an SM of Hopper, less what blocks reserve
-constexpr size_t kAnySharedBytes = 99 * 1024;     // of a block, on every GPU from sm_80 on
-
 enum { kThreads = 128, kWarps = 4, kBlocksPerSm = 2 }; // one block computes while the other waits for its copies
 
 template <int kY>
