@@ -122,8 +122,7 @@ __device__ __forceinline__ void fold_chunks(DecodeSmem<T> &smem, const fa_kvcach
     constexpr int kQuads = T::kDim / 4;
     const int thread = static_cast<int>(threadIdx.x) - T::kCopiers - T::kAttenders;
     const bool tells_lines = thread == 0 && plan.places > 0;
-    if (tells_lines && !plan.merges_lines)
-        told_line(plan, static_cast<int>(blockIdx.x)).chunks = 0; // unless it has some
+    if (tells_lines && !plan.merges_lines) told_line(plan, static_cast<int>(blockIdx.x)) = {}; // unless it has some
     for (int turns; turn.left > 0; turn.advance(args, plan, turns)) {
         turns = turn.chunk_turns();
         const int count = turn.rows(plan, T::kRows) * kQuads, chunk = turn.chunk();
