@@ -29,8 +29,7 @@ template <typename T>
 struct DecodeSmem {
     typename T::Queries queries[2]; // of this line and the next
     typename T::Sums sums;
-    Part<typename T::Real>
-        line[T::kRows * T::kDim / 4]; // sums of the chunks before, of a line that the block has whole
+    Part<typename T::Real> line[T::kRows * T::kDim / 4]; // sums of the chunks before, of a line that the block begins
     Cursor<T::kKeys> part;
     Mbarrier queries_empty[2];   // attenders arrive, a lane of each warp; copiers wait
     Mbarrier full[kMostStages];  // copiers arrive, each thread twice; attenders wait
@@ -210,13 +209,13 @@ static int decode_stages() {
         fa_clamp((bytes - fixed) / static_cast<int64_t>(sizeof(typename T::Stage)), 0, kMostStages));
 }
 template <typename T>
-static size_t decode_shared_bytes() {
-    return sizeof(DecodeSmem<T>) + static_cast<size_t>(decode_stages<T>() - 1) * sizeof(typename T::Stage);
+static constexpr size_t decode_shared_bytes(int stages) {
+    return sizeof(DecodeSmem<T>) + static_cast<size_t>(stages - 1) * sizeof(typename T::Stage);
 }
 template <typename T>
 static bool decode_fits() {
-    return decode_stages<T>() >= 2 &&
-           fa_allow_shared(reinterpret_cast<const void *>(decode<T>), decode_shared_bytes<T>());
+    const int stages = decode_stages<T>();
+    return stages >= 2 && fa_allow_shared(reinterpret_cast<const void *>(decode<T>), decode_shared_bytes<T>(stages));
 }
 
 template <typename T>
@@ -280,7 +279,7 @@ static fa_status launch_decode(const fa_kvcache_args *args) {
     const DecodePlan plan = decode_plan<T>(args);
     const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
     FA_CHECK(fa_launch_dependent("decode", decode<T>, dim3(static_cast<unsigned>(plan.blocks)), T::kThreads,
-                                 decode_shared_bytes<T>(), stream, *args, plan));
+                                 decode_shared_bytes<T>(plan.stages), stream, *args, plan));
     const int64_t row_blocks = fa_ceil_div(plan.chunk_rows * T::kDim / 4, kMergeThreads);
     return fa_launch_dependent("merging of decoded chunks", decode_merge<Real, T::kDim, T::kKeys, T::kRows>,
                                dim3(static_cast<unsigned>(plan.places), static_cast<unsigned>(row_blocks)),

@@ -6,7 +6,7 @@ template <typename Real, int kDim, int kRows, typename F>
 static auto by_rows(const F &f) {
     using Tile = FusedDecode<Real, kDim, kRows>;
     using Small = FusedDecode<Real, kDim, kRows / 2>;
-    static_assert(sizeof(DecodeSmem<Small>) + sizeof(typename Small::Stage) <= kAnySharedBytes);
+    static_assert(decode_shared_bytes<Small>(2) <= kAnySharedBytes);
     return decode_fits<Tile>() ? f(Tile()) : f(Small());
 }
 
@@ -30,8 +30,7 @@ fa_status fa_cuda_fused_decode(const fa_kvcache_args *args) {
     return by_head_dim(args, [&](auto tile) -> fa_status {
         using Tile = decltype(tile);
         FA_REQUIRE(decode_fits<Tile>(), FA_ERROR_DEVICE,
-                   "decode: needs %zu bytes of shared memory, the device has less",
-                   sizeof(DecodeSmem<Tile>) + sizeof(typename Tile::Stage));
+                   "decode: needs %zu bytes of shared memory, the device has less", decode_shared_bytes<Tile>(2));
         return launch_decode<Tile>(args);
     });
 }

@@ -10,9 +10,9 @@
 template <typename Real>
 __device__ __forceinline__ Real rounded(Real x, fa_dtype dtype) {
     switch (dtype) {
-    case FA_FLOAT16: return __half2float(__float2half_rn(static_cast<float>(x)));
-    case FA_BFLOAT16: return __bfloat162float(__float2bfloat16_rn(static_cast<float>(x)));
-    case FA_FLOAT8_E4M3: return e4m3_of(static_cast<float>(x));
+    case FA_FLOAT16: return real_of<Real>(__float2half_rn(static_cast<float>(x)));
+    case FA_BFLOAT16: return real_of<Real>(__float2bfloat16_rn(static_cast<float>(x)));
+    case FA_FLOAT8_E4M3: return real_of<Real>(e4m3_of(static_cast<float>(x)));
     default: return x;
     }
 }

@@ -7,10 +7,8 @@
 #include "cuda/decode_sum.cuh"
 #include "cuda/rows.cuh"
 
-__device__ __forceinline__ float e4m3_of(float x) { // as stored
-    const __nv_fp8_storage_t bits = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
-}
+// As stored.
+__device__ __forceinline__ uint8_t e4m3_of(float x) { return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); }
 
 // An element of a tensor or a cache; uint8_t: e4m3.
 template <typename Real, typename Element>
@@ -43,7 +41,7 @@ __device__ __forceinline__ void by_element(fa_dtype dtype, const F &f) {
 template <typename Real>
 __device__ __forceinline__ void store_cached(void *base, fa_dtype dtype, int64_t index, Real x) {
     if (dtype != FA_FLOAT8_E4M3) return store<Real>(base, dtype, index, x);
-    static_cast<uint8_t *>(base)[index] = __nv_cvt_float_to_fp8(static_cast<float>(x), __NV_SATFINITE, __NV_E4M3);
+    static_cast<uint8_t *>(base)[index] = e4m3_of(static_cast<float>(x));
 }
 
 __device__ __forceinline__ float descale_of(const fa_per_head &t, int b, int h) {
@@ -149,7 +147,7 @@ __device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<R
 
 // ---- chunks that are told --------------------------------------------------------------------------------------------------
 
-// Rows of kDim columns, then each row's m and l.
+// Rows of kDim columns, then each row's m and l, and as many bytes again, so that the next one is aligned.
 template <typename Real, int kDim>
 struct ToldChunk {
     Real *rows, *max_and_sum;

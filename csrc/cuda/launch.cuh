@@ -6,8 +6,7 @@
 
 #include "cuda/cuda.h"
 
-constexpr size_t kHopperSharedBytes = 226 * 1024; // of an SM of Hopper, less what blocks reserve
-constexpr size_t kAnySharedBytes = 99 * 1024;     // of a block, on every GPU from sm_80 on
+constexpr size_t kAnySharedBytes = 99 * 1024; // of a block, on every GPU from sm_80 on
 
 // `what` names the kernel in the sentence of a failure. Nothing is launched where there is no block.
 template <typename... Params>
@@ -25,7 +24,7 @@ static fa_status fa_launch(const char *what, void (*kernel)(Params...), int64_t 
 }
 
 // A kernel that waits by wait_for_prerequisites() for the one launched before it, and may start while that runs, where the
-// device knows of that (sm_90).
+// device knows of that (sm_90). Nothing is launched where there is no block.
 template <typename... Params>
 static fa_status fa_launch_dependent(const char *what, void (*kernel)(Params...), dim3 blocks, unsigned threads,
                                      size_t shared_bytes, cudaStream_t stream,

@@ -18,6 +18,8 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/rows.cuh"
 
+constexpr size_t kHopperSharedBytes = 226 * 1024; // of an SM of Hopper, less what blocks reserve
+
 enum { kThreads = 128, kWarps = 4, kBlocksPerSm = 2 }; // one block computes while the other waits for its copies
 
 template <int kY>

@@ -8,12 +8,13 @@
 // are better issued in groups.
 
 // 16 bytes, both addresses aligned to them; zeros, and nothing is read, unless `valid`.
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global, bool valid) {
+__device__ __forceinline__ void cp_async_16(void *shared, const void *global, bool valid) {
     asm volatile("{\n\t.reg .pred ignored;\n\tsetp.eq.u32 ignored, %2, 0;\n\t"
-                 "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n\t}" ::"r"(shared),
+                 "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n\t}" ::"r"(shared_address(shared)),
                  "l"(global), "r"(static_cast<uint32_t>(valid))
                  : "memory");
 }
+
 // How the L2 cache treats what is read; once: other data stays there for longer (PTX ISA, "createpolicy").
 __device__ __forceinline__ uint64_t l2_policy(bool once) {
     uint64_t policy;
@@ -28,9 +29,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global,
                  "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, ignored, %3;\n\t}" ::"r"(shared),
                  "l"(global), "r"(static_cast<uint32_t>(valid)), "l"(policy)
                  : "memory");
-}
-__device__ __forceinline__ void cp_async_16(void *shared, const void *global, bool valid) {
-    cp_async_16(shared_address(shared), global, valid);
 }
 
 // 16 bytes, both addresses aligned to them: the first `bytes`, 0 to 16, are read, the others become zeros.
