@@ -30,7 +30,7 @@ struct DecodeSmem {
     typename T::Queries queries[2]; // of this line and the next
     typename T::Sums sums;
     Part<typename T::Real> line[T::kRows * T::kDim / 4]; // sums of the chunks before, of a line that the block begins
-    Cursor<T::kKeys> part;
+    Cursor<T::kKeys> part[2]; // by the lengths as they were at first, and as they are
     Mbarrier queries_empty[2];   // attenders arrive, a lane of each warp; copiers wait
     Mbarrier full[kMostStages];  // copiers arrive, each thread twice; attenders wait
     Mbarrier empty[kMostStages]; // attenders arrive, a lane of each warp; copiers wait
@@ -46,42 +46,72 @@ struct StageRing {
     }
 };
 
+// Whether lengths have changed while the block waited for the kernels before: its threads meet twice, before and after, and
+// those that find the part say so.
+__device__ __forceinline__ bool meet(bool has_changed = false) { return __syncthreads_or(has_changed); }
+
 template <typename T>
-__device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan,
-                                           Cursor<T::kKeys> &turn) {
+__device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
     typename T::Copier copier(plan);
     StageRing ring, lines;
-    Cursor<T::kKeys> next = turn; // its pages are on their way while a turn is copied
-    if constexpr (T::kLooksAhead)
-        if (turn.left > 0) copier.look_up(args, plan, next);
-    for (; turn.left > 0; ring.advance(plan.stages)) {
-        if (turn.begins_line()) copier.begin_line(args, turn);
+    Cursor<T::kKeys> turn, next; // next: its pages are on their way while a turn is copied, if there are any
+    const auto start = [&](const Cursor<T::kKeys> &at) {
+        turn = next = at;
+        if constexpr (T::kLooksAhead) copier.look_up(args, plan, next);
+    };
+    // The first turn is copied as it seems to be, while it is found out whether it is.
+    bool is_known = false;
+    meet();
+    if (args.page_table) wait_for_prerequisites(); // which are written before
+    start(smem.part[0]);
+    for (;;) {
+        if (turn.begins_line()) copier.begin_line(args, plan, turn);
         if constexpr (T::kLooksAhead) {
             copier.take_pages();
             next.advance(args, plan);
             if (next.left > 0) copier.look_up(args, plan, next);
         }
+        if (!is_known) wait_for_prerequisites();
         smem.empty[ring.stage].wait(ring.parity ^ 1);
         copier.copy(smem.stages[ring.stage], args, plan, turn);
         if (turn.begins_line()) {
             smem.queries_empty[lines.stage].wait(lines.parity ^ 1);
             copier.load(smem.queries[lines.stage], args, plan, turn);
-            lines.advance(2);
         }
+        if (!is_known) {
+            is_known = true;
+            if (meet()) { // it is not: once more
+                cp_async_commit();
+                cp_async_wait<0>();
+                start(smem.part[1]);
+                continue;
+            }
+        }
+        if (turn.left <= 0) break;
+        copier.add_new_tokens(smem.stages[ring.stage], args, plan, turn);
         smem.full[ring.stage].arrive_after_copies();
         smem.full[ring.stage].arrive();
+        if (turn.begins_line()) lines.advance(2);
+        ring.advance(plan.stages);
         if constexpr (T::kLooksAhead)
             turn = next;
         else
             turn.advance(args, plan);
+        if (turn.left <= 0) break;
     }
     cp_async_commit();
     cp_async_wait<0>(); // no copy outlives its block
 }
 
 template <typename T>
-__device__ __forceinline__ void attend_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan,
-                                             Cursor<T::kKeys> &turn) {
+__device__ __forceinline__ void attend_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
+    const int thread = static_cast<int>(threadIdx.x) - T::kCopiers;
+    if (thread < plan.stages) smem.full[thread].init(2 * T::kCopiers), smem.empty[thread].init(T::kAttenders / 32);
+    if (thread < 2) smem.queries_empty[thread].init(T::kAttenders / 32);
+    meet();
+    wait_for_prerequisites();
+    meet();
+    Cursor<T::kKeys> turn = smem.part[1];
     typename T::Attender attender;
     StageRing ring, lines;
     const auto leave = [](Mbarrier &barrier) {
@@ -100,37 +130,102 @@ __device__ __forceinline__ void attend_turns(DecodeSmem<T> &smem, const fa_kvcac
                             smem.sums);
             leave(smem.empty[ring.stage]);
         }
-        if (has_told) barrier_wait(kSumsEmpty, T::kAttenders + T::kFolders);
+        if (has_told) barrier_wait(kSumsEmpty, T::kAttenders + kFolders);
         has_told = true;
         attender.end_chunk(smem.sums);
-        barrier_arrive(kSumsFull, T::kAttenders + T::kFolders);
+        barrier_arrive(kSumsFull, T::kAttenders + kFolders);
         turn.advance(args, plan, turns);
         if (ends_line) {
             leave(smem.queries_empty[lines.stage]);
             lines.advance(2);
         }
     }
-    if (has_told) barrier_wait(kSumsEmpty, T::kAttenders + T::kFolders);
+    if (has_told) barrier_wait(kSumsEmpty, T::kAttenders + kFolders);
+}
+
+// By a warp, before decode_merge may start: what this block will tell has not been told yet. last: the line in which its part
+// ends.
+template <int kKeys>
+__device__ __forceinline__ void announce(const DecodePlan &plan, const Cursor<kKeys> &turn, const ToldLine &last) {
+    const int lane = threadIdx.x % 32;
+    if (plan.places == 0) return;
+    const bool goes_on = turn.left > 0 && turn.turn > turn.of.turns.first; // with a line that another block begins
+    if (goes_on) {
+        const int chunk = turn.chunk(), end = min(chunk + (turn.left - 1) / turn.of.chunk_turns + 1, turn.of.chunks);
+        for (int n = chunk + lane; n < end; n += 32) told_flag(plan, turn.place, n) = 0;
+    }
+    const int nth = last.b * plan.lines + last.line;
+    if (plan.has_line_places) { // before the last, the part has all of what it begins
+        const int end = nth + (last.chunks >= 0);
+        for (int n = turn.place + goes_on + lane; turn.left > 0 && n < end; n += 32)
+            told_line(plan, n) = n == nth ? last : ToldLine{};
+    } else if (lane == 0) {
+        told_line(plan, static_cast<int>(blockIdx.x)) = last.chunks > 0 ? last : ToldLine{};
+    }
+    if (lane == 0 && last.chunks > 0)
+        told_flag(plan, plan.has_line_places ? nth : static_cast<int>(blockIdx.x), last.first_chunk) = 0;
+    __threadfence();
+    __syncwarp();
+}
+
+// By the first warp of the folders, or by the others, which wait for it.
+template <typename T>
+__device__ __forceinline__ void find_part(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan,
+                                          bool finds) {
+    GivenLengths lengths;
+    Cursor<T::kKeys> part;
+    ToldLine last;
+    bool has_changed = finds;
+#pragma unroll 1
+    for (int time = 0; time < 2; ++time) {
+        if (finds) {
+            const GivenLengths before = lengths;
+            lengths.read(args, 0);
+            has_changed = time == 0 || args.batch > GivenLengths::kCount || !(lengths == before);
+            if (has_changed)
+                last = part.find(args, plan, Partition<T::kKeys>(args, plan, lengths), static_cast<int>(blockIdx.x));
+            if (threadIdx.x % 32 == 0) smem.part[time] = part;
+            __syncwarp();
+        }
+        meet(has_changed);
+        if (time == 0) wait_for_prerequisites();
+    }
+    if (finds) {
+        announce(plan, smem.part[1], last);
+        let_dependents_start();
+    }
+}
+
+// Some columns of a row; col(c): where column c of the part is.
+template <typename Real, int kKeys, typename Col>
+__device__ __forceinline__ void store_result(const fa_kvcache_args &args, const Cursor<kKeys> &turn, const QueryRow &row,
+                                             Part<Real> part, const Col &col) {
+    RowResult<Real>(args, turn.b, turn.head, row).finish(args, part, col(0) == 0);
+    const int64_t at = fa_row_offset(&args.o, turn.b, row.h, row.i);
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+        if (col(c) < args.head_dim_v) store(args.o.data, args.dtype, at + col(c), part.o[c]);
 }
 
 // A block that begins a line folds its chunks, one that goes on with it tells each. A thread has the same entries of all.
 template <typename T>
-__device__ __forceinline__ void fold_chunks(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan,
-                                            Cursor<T::kKeys> &turn) {
+__device__ __forceinline__ void fold_chunks(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
     using Real = typename T::Real;
     constexpr int kQuads = T::kDim / 4;
     const int thread = static_cast<int>(threadIdx.x) - T::kCopiers - T::kAttenders;
-    const bool tells_lines = thread == 0 && plan.places > 0;
-    if (tells_lines && !plan.merges_lines) told_line(plan, static_cast<int>(blockIdx.x)) = {}; // unless it has some
-    for (int turns; turn.left > 0; turn.advance(args, plan, turns)) {
+    find_part(smem, args, plan, thread < 32);
+    Cursor<T::kKeys> turn = smem.part[1];
+    int chunk = 0, first_chunk = 0; // first_chunk: of the line's in this part
+    for (int turns; turn.left > 0; turn.advance(args, plan, turns), ++chunk) {
+        if (turn.begins_line()) chunk = first_chunk = turn.chunk();
         turns = turn.chunk_turns();
-        const int count = turn.rows(plan, T::kRows) * kQuads, chunk = turn.chunk();
+        const int count = turn.rows(plan, T::kRows) * kQuads;
         const bool folds = turn.part_begin == turn.of.turns.first, ends_line = turn.turn + turns == turn.of.turns.last;
-        const bool leaves = turn.left == turns && !ends_line;
+        const bool leaves = turn.left <= turns && !ends_line;
         const ToldChunk<Real, T::kDim> told(plan, turn.place, chunk);
-        barrier_wait(kSumsFull, T::kAttenders + T::kFolders);
+        barrier_wait(kSumsFull, T::kAttenders + kFolders);
 #pragma unroll 1
-        for (int n = thread; n < count; n += T::kFolders) {
+        for (int n = thread; n < count; n += kFolders) {
             const int row = n / kQuads, quad = n % kQuads;
             const auto col = [&](int c) { return T::column(quad, c); };
             Part<Real> part = T::part_of(smem.sums, row, quad);
@@ -144,12 +239,14 @@ __device__ __forceinline__ void fold_chunks(DecodeSmem<T> &smem, const fa_kvcach
             else if (!ends_line)
                 smem.line[n] = part;
             else
-                store_result(args, part, turn.b, turn.head, QueryRow(plan, turn.head, turn.row0(T::kRows) + row), col);
+                store_result(args, turn, QueryRow(plan, turn.head, turn.row0(T::kRows) + row), part, col);
         }
-        barrier_arrive(kSumsEmpty, T::kAttenders + T::kFolders);
-        if (tells_lines && folds && (leaves || (plan.merges_lines && ends_line)))
-            told_line(plan, turn.place) = {turn.b, turn.head * static_cast<int>(plan.m_blocks.value) + turn.m_block,
-                                           chunk, leaves ? turn.last_chunk() - chunk + 1 : 0};
+        barrier_arrive(kSumsEmpty, T::kAttenders + kFolders);
+        if (folds ? !leaves : turn.left > turns && !ends_line) continue;
+        // What this block tells of the line is complete. Once: a release takes as long as all that memory has to do.
+        __syncwarp();
+        for (int n = (folds ? chunk : first_chunk) + thread % 32; n <= chunk; n += 32)
+            add_release(&told_flag(plan, turn.place, n), 1);
     }
 }
 
@@ -160,25 +257,12 @@ __global__ void __launch_bounds__(T::kThreads) __maxnreg__(T::kRegisters)
     DecodeSmem<T> &smem = *reinterpret_cast<DecodeSmem<T> *>(shared);
 
     warm_constants(args, plan);
-    wait_for_prerequisites();
-    let_dependents_start(); // decode_merge relies on it that this comes after the wait
-    Cursor<T::kKeys> turn;
-    if (threadIdx.x < 32) {
-        turn.find(args, plan, static_cast<int>(blockIdx.x));
-        if (threadIdx.x == 0) smem.part = turn;
-    } else if (static_cast<int>(threadIdx.x) < 32 + plan.stages) {
-        smem.full[threadIdx.x - 32].init(2 * T::kCopiers);
-        smem.empty[threadIdx.x - 32].init(T::kAttenders / 32);
-        if (threadIdx.x < 32 + 2) smem.queries_empty[threadIdx.x - 32].init(T::kAttenders / 32);
-    }
-    __syncthreads(); // the part and the barriers are there
-    turn = smem.part;
     if (threadIdx.x < T::kCopiers)
-        copy_turns(smem, args, plan, turn);
+        copy_turns(smem, args, plan);
     else if (threadIdx.x < T::kCopiers + T::kAttenders)
-        attend_turns(smem, args, plan, turn);
+        attend_turns(smem, args, plan);
     else
-        fold_chunks(smem, args, plan, turn);
+        fold_chunks(smem, args, plan);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------------
@@ -230,9 +314,11 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
     const int64_t cache_bytes = args->batch * args->heads_kv * args->max_pages * args->page_size *
                                 (args->head_dim + args->head_dim_v) * fa_dtype_bytes(args->cache_dtype);
     const int64_t parts_a_line = fa_min(args->num_splits, turns);
-    const int64_t blocks = parts_a_line ? lines * parts_a_line : fa_min(processors, lines * turns);
+    const int64_t chunks = lines * fa_ceil_div(turns * T::kKeys, kLeastKeys); // at most
+    const int64_t blocks = parts_a_line ? lines * parts_a_line : fa_min(processors, chunks);
     const int64_t of_sequence = args->heads_kv * m_blocks;
-    const bool merges_lines = parts_a_line || lines < blocks, shares = blocks > 1 && parts_a_line != 1;
+    const bool has_line_places = parts_a_line || lines < blocks;
+    const bool shares = blocks > 1 && parts_a_line != 1;
     const auto strides = [&](const fa_tensor &cache) {
         const int64_t bytes = fa_dtype_bytes(args->cache_dtype);
         return CacheStrides{static_cast<uint32_t>(cache.stride_b * bytes / 16),
@@ -247,12 +333,12 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
             static_cast<int>(of_sequence),
             static_cast<int>(blocks),
             static_cast<int>(parts_a_line),
-            static_cast<int>(fa_min(fa_min(kMostChunks / fa_max(of_sequence, 1), kMostOfLine) + 2, turns)),
+            static_cast<int>(fa_min(fa_min(fa_ceil_div(kMostChunks, of_sequence), kMostOfLine), turns)),
             static_cast<int>(fa_min(rows, T::kRows)),
-            static_cast<int>(!shares        ? 0
-                             : merges_lines ? lines
-                                            : blocks),
-            merges_lines,
+            static_cast<int>(!shares           ? 0
+                             : has_line_places ? lines
+                                               : blocks),
+            has_line_places,
             decode_stages<T>(),
             cache_bytes > l2_bytes,
             args->max_pages <= 1 || args->page_size % T::kKeys == 0,
@@ -265,15 +351,16 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
 template <typename T>
 static size_t decode_bytes(const fa_kvcache_args *args) {
     const DecodePlan plan = decode_plan<T>(args);
-    return static_cast<size_t>(plan.places) *
-           (sizeof(ToldLine) + plan.line_chunks * ToldChunk<typename T::Real, T::kDim>::bytes(plan));
+    if (plan.places == 0) return 0;
+    return static_cast<size_t>(told_chunks_at(plan) +
+                               nth_told(plan, plan.places, 0) * ToldChunk<typename T::Real, T::kDim>::bytes(plan));
 }
 
 template <typename T>
 static fa_status launch_decode(const fa_kvcache_args *args) {
     using Real = typename T::Real;
-    FA_REQUIRE(lines_of<T>(args) * most_turns<T>(args) <= INT32_MAX, FA_ERROR_UNSUPPORTED,
-               "decode: %lld times %lld keys that %d rows share: more than 2^31 times %d",
+    FA_REQUIRE(lines_of<T>(args) * most_turns<T>(args) <= INT32_MAX / 2, FA_ERROR_UNSUPPORTED,
+               "decode: %lld times %lld keys that %d rows share: more than 2^30 times %d",
                static_cast<long long>(lines_of<T>(args)), static_cast<long long>(most_turns<T>(args) * T::kKeys),
                T::kRows, T::kKeys);
     const DecodePlan plan = decode_plan<T>(args);
@@ -281,7 +368,7 @@ static fa_status launch_decode(const fa_kvcache_args *args) {
     FA_CHECK(fa_launch_dependent("decode", decode<T>, dim3(static_cast<unsigned>(plan.blocks)), T::kThreads,
                                  decode_shared_bytes<T>(plan.stages), stream, *args, plan));
     const int64_t row_blocks = fa_ceil_div(plan.chunk_rows * T::kDim / 4, kMergeThreads);
-    return fa_launch_dependent("merging of decoded chunks", decode_merge<Real, T::kDim, T::kKeys, T::kRows>,
+    return fa_launch_dependent("merging of decoded chunks", decode_merge<Real, T::kDim, T::kRows>,
                                dim3(static_cast<unsigned>(plan.places), static_cast<unsigned>(row_blocks)),
                                kMergeThreads, 0, stream, *args, plan);
 }

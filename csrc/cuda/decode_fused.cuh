@@ -52,7 +52,7 @@ struct FusedDecode {
     static constexpr int kKeys = 16 * 1024 / (kDim * sizeof(Real)); // K and V of a stage: 16 KiB each
     static constexpr int kCopiers = 128, kAttenders = kDim > 128 || kIsDouble ? 128 : 256; // threads
     static constexpr bool kLooksAhead = false, kLeavesRoom = false; // for pages, for decode_merge: registers are few
-    static constexpr int kFolders = 128, kThreads = kCopiers + kAttenders + kFolders;
+    static constexpr int kThreads = kCopiers + kAttenders + kFolders;
     static constexpr int kRegisters = 64 * 1024 / kThreads / 8 * 8;       // a thread's
     static constexpr int kQuads = kDim / 4, kTeams = kAttenders / kQuads; // of attenders, four columns each
     static constexpr int kLeastTeamRows = kRows / kTeams > 4 ? kRows / kTeams : 4;

@@ -85,7 +85,7 @@ class FusedCopier {
 
 public:
     __device__ __forceinline__ explicit FusedCopier(const DecodePlan &) {}
-    __device__ __forceinline__ void begin_line(const fa_kvcache_args &, const Turn &) {}
+    __device__ __forceinline__ void begin_line(const fa_kvcache_args &, const DecodePlan &, const Turn &) {}
 
     __device__ __forceinline__ void copy(Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
                                          const Turn &turn) const {
@@ -104,7 +104,10 @@ public:
         } else {
             convert_stage(stage, args, plan, turn);
         }
-        if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new_tokens(&stage, &args, turn);
+    }
+    __device__ __forceinline__ void add_new_tokens(Stage &stage, const fa_kvcache_args &args, const DecodePlan &,
+                                                   const Turn &turn) const {
+        if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new(&stage, &args, turn);
     }
 
     // The rows of a line, rotated, in q's dtype.
@@ -201,7 +204,7 @@ private:
     // The new tokens of a turn, from k and v, as the cache's dtype holds them; the block that has their first rows stores
     // them in the cache, too. Not inlined, and by value: what is rare takes no register from what is not. A thread writes
     // what it has copied.
-    static __device__ __noinline__ void add_new_tokens(Stage *stage, const fa_kvcache_args *args, const Turn turn) {
+    static __device__ __noinline__ void add_new(Stage *stage, const fa_kvcache_args *args, const Turn turn) {
         const auto add = [&](Real(&tile)[kKeys][kDim], int n, int token, const fa_tensor &from, const fa_tensor &cache,
                              int64_t width, bool rotates, const fa_per_head &descale) {
             Vec<Real> vec;

@@ -125,25 +125,31 @@ struct ScoreChanges {
     }
 };
 
-// Some columns of a row's result: o = O / l, lse = m + ln l, with the sink. col(c): where column c of the part is.
-template <typename Real, int kColumns, typename Col>
-__device__ __forceinline__ void store_result(const fa_kvcache_args &args, Part<Real, kColumns> part, int b, int head_kv,
-                                             const QueryRow &row, const Col &col) {
-    constexpr Real kLog2E = Real(1.44269504088896340736), kLn2 = Real(0.69314718055994530942);
-    if (args.sinks.data) {
-        const Part<Real, kColumns> sink = {product(load_per_head<Real>(args.sinks, 0, row.h), kLog2E), 1, {}};
-        if (sink.max != -infinity(Real())) part.fold(sink);
-    }
-    const Real scale = part.sum == 0 ? Real(0) : descale_of(args.v_descale, b, head_kv) / part.sum; // a NaN stays one
-    const int64_t at = fa_row_offset(&args.o, b, row.h, row.i);
-    if (args.lse.data && col(0) == 0)
-        store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32,
-              fa_row_offset(&args.lse, b, row.h, row.i),
-              part.sum == 0 ? -infinity(Real()) : (part.max + log2_of(part.sum)) * kLn2);
+// A row's result: o = O / l, lse = m + ln l, with the sink; and what is known of it before the sum is.
+template <typename Real>
+struct RowResult {
+    Real sink, descale; // sink: -inf without one
+    int64_t lse_at;
+
+    __device__ __forceinline__ RowResult(const fa_kvcache_args &args, int b, int head_kv, const QueryRow &row)
+        : sink(args.sinks.data ? product(load_per_head<Real>(args.sinks, 0, row.h), Real(1.44269504088896340736))
+                               : -infinity(Real())),
+          descale(descale_of(args.v_descale, b, head_kv)), lse_at(fa_row_offset(&args.lse, b, row.h, row.i)) {}
+
+    // Makes the sum's columns those of o, and stores lse if one of them is the row's first.
+    template <int kColumns>
+    __device__ __forceinline__ void finish(const fa_kvcache_args &args, Part<Real, kColumns> &part,
+                                           bool has_first) const {
+        if (sink != -infinity(Real())) part.fold({sink, 1, {}});
+        const Real scale = part.sum == 0 ? Real(0) : descale / part.sum; // a NaN stays one
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-        if (col(c) < args.head_dim_v) store(args.o.data, args.dtype, at + col(c), part.o[c] * scale);
-}
+        for (int c = 0; c < kColumns; ++c) part.o[c] *= scale;
+        if (args.lse.data && has_first)
+            store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32, lse_at,
+                  part.sum == 0 ? -infinity(Real())
+                                : (part.max + log2_of(part.sum)) * Real(0.69314718055994530942));
+    }
+};
 
 // ---- chunks that are told --------------------------------------------------------------------------------------------------
 
@@ -156,9 +162,8 @@ struct ToldChunk {
         return plan.chunk_rows * (kDim + 4) * static_cast<int64_t>(sizeof(Real));
     }
     __device__ __forceinline__ ToldChunk(const DecodePlan &plan, int place, int chunk)
-        : rows(reinterpret_cast<Real *>(static_cast<char *>(plan.told) +
-                                        plan.places * static_cast<int64_t>(sizeof(ToldLine)) +
-                                        (static_cast<int64_t>(place) * plan.line_chunks + chunk) * bytes(plan))),
+        : rows(reinterpret_cast<Real *>(static_cast<char *>(plan.told) + told_chunks_at(plan) +
+                                        nth_told(plan, place, chunk) * bytes(plan))),
           max_and_sum(rows + plan.chunk_rows * kDim) {}
 
     // Four columns of a row; col(c): where column c is.

@@ -1,37 +1,11 @@
-// Which tile on tensor cores serves a request, and its launch.
-#include "cuda/decode_tensor_core.cuh"
+// Decoding on tensor cores: over caches without pages here.
+#include "cuda/decode_tensor_core_launch.cuh"
 
-// Calls f with the tile for the request's head_dim and, if the device has shared memory for it, for its rows.
-template <typename Element, typename Cache, int kDim, typename F>
-static auto by_rows(const fa_kvcache_args *args, const F &f) {
-    using Tile8 = TensorCoreDecode<Element, Cache, kDim, 8>;
-    using Tile16 = TensorCoreDecode<Element, Cache, kDim, 16>;
-    return args->heads_q / args->heads_kv * args->seqlen_q > 8 && decode_fits<Tile16>() ? f(Tile16()) : f(Tile8());
+static const TensorCoreDecodeKernels &kernels_for(const fa_kvcache_args *args) {
+    static constexpr TensorCoreDecodeKernels kContiguous = tensor_core_decode_kernels<false>();
+    return args->page_table ? fa_paged_tensor_core_decode : kContiguous;
 }
 
-template <typename Element, typename Cache, typename F>
-static auto by_head_dim(const fa_kvcache_args *args, const F &f) {
-    const int64_t dim = fa_max(args->head_dim, args->head_dim_v);
-    if (dim <= 64) return by_rows<Element, Cache, 64>(args, f);
-    if (dim <= 128) return by_rows<Element, Cache, 128>(args, f);
-    return by_rows<Element, Cache, 256>(args, f);
-}
-template <typename F>
-static auto by_dtype(const fa_kvcache_args *args, const F &f) {
-    const bool is_float8 = args->cache_dtype == FA_FLOAT8_E4M3;
-    if (args->dtype == FA_FLOAT16)
-        return is_float8 ? by_head_dim<__half, uint8_t>(args, f) : by_head_dim<__half, __half>(args, f);
-    return is_float8 ? by_head_dim<__nv_bfloat16, uint8_t>(args, f)
-                     : by_head_dim<__nv_bfloat16, __nv_bfloat16>(args, f);
-}
-
-// The kernels are described by their types alone: no object of them exists on the host.
-bool fa_cuda_tensor_core_decode_fits(const fa_kvcache_args *args) {
-    return by_dtype(args, [](auto tile) { return decode_fits<decltype(tile)>(); });
-}
-size_t fa_cuda_tensor_core_decode_bytes(const fa_kvcache_args *args) {
-    return by_dtype(args, [&](auto tile) { return decode_bytes<decltype(tile)>(args); });
-}
-fa_status fa_cuda_tensor_core_decode(const fa_kvcache_args *args) {
-    return by_dtype(args, [&](auto tile) { return launch_decode<decltype(tile)>(args); });
-}
+bool fa_cuda_tensor_core_decode_fits(const fa_kvcache_args *args) { return kernels_for(args).fits(args); }
+size_t fa_cuda_tensor_core_decode_bytes(const fa_kvcache_args *args) { return kernels_for(args).bytes(args); }
+fa_status fa_cuda_tensor_core_decode(const fa_kvcache_args *args) { return kernels_for(args).launch(args); }

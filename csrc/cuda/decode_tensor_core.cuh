@@ -18,7 +18,7 @@
 #include "cuda/decode.cuh"
 #include "cuda/decode_tensor_core_copier.cuh"
 
-template <typename Element_, typename Cache_, int kDim_, int kRows_>
+template <typename Element_, typename Cache_, int kDim_, int kRows_, bool kPaged_>
 struct TensorCoreDecode {
     using Element = Element_;
     using Cache = Cache_; // Element, or uint8_t: e4m3
@@ -29,8 +29,8 @@ struct TensorCoreDecode {
     static constexpr int kDim = kDim_, kRows = kRows_;
     static constexpr int kKeys = 64 * 128 / kDim; // K and V of a turn: 16 KiB each, of float8 half
     static constexpr int kKeyWarps = kDim > 128 ? 2 : 4, kSlices = 4 / kKeyWarps, kSlice = kDim / kSlices; // of columns
-    static constexpr int kCopiers = 128, kAttenders = 128, kFolders = 128, kThreads = kCopiers + kAttenders + kFolders;
-    static constexpr bool kLooksAhead = true;                  // for pages
+    static constexpr int kCopiers = 128, kAttenders = 128, kThreads = kCopiers + kAttenders + kFolders;
+    static constexpr bool kPaged = kPaged_, kLooksAhead = kPaged;
     static constexpr bool kLeavesRoom = kRows == 8;            // for a block of decode_merge beside
     static constexpr int kRegisters = kLeavesRoom ? 144 : 168; // a thread's; of decode_merge 72
     static constexpr int kKeyTiles = kKeys / 16 / kKeyWarps, kRowTiles = kRows / 8, kColTiles = kSlice / 16; // a warp's

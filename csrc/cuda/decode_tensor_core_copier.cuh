@@ -30,10 +30,10 @@ class TensorCoreCopier {
     // A lane looks up one of the keys that its warp copies in a turn, or the turn's first where all lie in a page.
     static constexpr int kRowsOfWarp = 32 / Tile::kColumns, kKeysOfWarp = kRowsOfWarp * kCopies;
     static_assert(kRowsOfWarp > 0 && kKeysOfWarp <= 32);
-    int page, row_of_page, next_page, next_row_of_page;
+    int page, row_of_page, next_page, next_row_of_page; // of a cache with pages
     uint64_t policy;
     int row, column;             // of the thread's first copy
-    const char *head_k, *head_v; // of the line
+    const char *head_k, *head_v; // of the line; without pages where its next turn's first copy is from
     unsigned lo, k_span, v_span; // its tokens [lo, lo + span) are read, of columns beyond the width none
 
     // Where copy n of a tile goes, from where copy 0 does.
@@ -48,12 +48,16 @@ public:
         keep(row), keep(column);
     }
 
-    __device__ __forceinline__ void begin_line(const fa_kvcache_args &args, const Turn &turn) {
+    __device__ __forceinline__ void begin_line(const fa_kvcache_args &args, const DecodePlan &plan, const Turn &turn) {
         const auto head_of = [&](const fa_tensor &cache) {
             return static_cast<const char *>(cache.data) +
                    turn.head * cache.stride_h * static_cast<int>(sizeof(Cache)) + column * 16;
         };
         head_k = head_of(args.k_cache), head_v = head_of(args.v_cache);
+        if constexpr (!T::kPaged) {
+            head_k += offset(plan.k_strides, turn.b, turn.turn * kKeys + row);
+            head_v += offset(plan.v_strides, turn.b, turn.turn * kKeys + row);
+        }
         const unsigned span = max(turn.of.seq.len_k - turn.of.lo, 0);
         lo = turn.of.lo;
         k_span = column * Tile::kPerColumn < args.head_dim ? span : 0;
@@ -71,14 +75,18 @@ public:
     // The turn that was looked up last is the one to be copied.
     __device__ __forceinline__ void take_pages() { page = next_page, row_of_page = next_row_of_page; }
 
+    // What is in the cache, and zeros.
     __device__ __forceinline__ void copy(typename T::Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
-                                         const Turn &turn) const {
-        if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) {
+                                         const Turn &turn) {
+        if (has_new_tokens(args, turn))
             copy_old<true>(stage, args, plan, turn);
-            add_new_tokens(stage, args, plan, turn);
-        } else {
+        else
             copy_old<false>(stage, args, plan, turn);
-        }
+    }
+    // What is not; the block that has their first rows stores them in the cache, too.
+    __device__ __forceinline__ void add_new_tokens(typename T::Stage &stage, const fa_kvcache_args &args,
+                                                   const DecodePlan &plan, const Turn &turn) const {
+        if (has_new_tokens(args, turn)) add_new(stage, args, plan, turn);
     }
 
     // The rows of a line, rotated; zeros beyond them.
@@ -118,22 +126,24 @@ public:
     }
 
 private:
-    // What is in the cache, and zeros; kHasNew: but nothing where a new token comes, a copy might come after it.
+    // Of a row of a page, in bytes.
+    static __device__ __forceinline__ uint64_t offset(const CacheStrides &strides, int page, int row) {
+        return (static_cast<uint64_t>(static_cast<unsigned>(page)) * strides.page +
+                static_cast<uint64_t>(static_cast<unsigned>(row)) * strides.row) *
+               16;
+    }
+    static __device__ __forceinline__ bool has_new_tokens(const fa_kvcache_args &args, const Turn &turn) {
+        return args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start;
+    }
+
+    // kHasNew: nothing is copied where a new token comes, it might come after that.
     template <bool kHasNew>
     __device__ __forceinline__ void copy_old(typename T::Stage &stage, const fa_kvcache_args &args,
-                                             const DecodePlan &plan, const Turn &turn) const {
+                                             const DecodePlan &plan, const Turn &turn) {
         const int token0 = turn.turn * kKeys + row;
         // Copy n is of a token that is read iff at + n kRowsAtOnce < span, and of a new one alike: without signs.
         const unsigned at = token0 - lo, of_new = token0 - turn.of.seq.start;
         const unsigned new_span = turn.of.seq.len_k - turn.of.seq.start;
-        const auto offset = [&](const CacheStrides &strides) {
-            return (static_cast<uint64_t>(static_cast<unsigned>(page)) * strides.page +
-                    static_cast<uint64_t>(static_cast<unsigned>(row_of_page)) * strides.row) *
-                   16;
-        };
-        const bool has_page = page_exists(args, page);
-        const uint64_t offset_k = offset(plan.k_strides), offset_v = offset(plan.v_strides);
-        const char *k = head_k, *v = head_v;
         const uint32_t to_k = shared_address(stage.k.at(row, column)), to_v = to_k + sizeof(Tile);
         const auto copy = [&](int n, const char *from_k, const char *from_v, unsigned of_k, unsigned of_v) {
             const unsigned token = at + n * kRowsAtOnce;
@@ -141,22 +151,30 @@ private:
             cp_async_16(place(to_k, n), from_k, token < of_k, policy);
             cp_async_16(place(to_v, n), from_v, token < of_v, policy);
         };
-        if (plan.turns_in_pages) {
+        const auto copy_rows = [&](const char *&k, const char *&v, unsigned of_k, unsigned of_v) {
             const int64_t k_step = static_cast<int64_t>(plan.k_strides.row) * kRowsAtOnce * 16;
             const int64_t v_step = static_cast<int64_t>(plan.v_strides.row) * kRowsAtOnce * 16;
-            k += offset_k, v += offset_v;
 #pragma unroll
-            for (int n = 0; n < kCopies; ++n, k += k_step, v += v_step)
-                copy(n, k, v, has_page ? k_span : 0, has_page ? v_span : 0);
+            for (int n = 0; n < kCopies; ++n, k += k_step, v += v_step) copy(n, k, v, of_k, of_v);
+        };
+        if constexpr (!T::kPaged) {
+            copy_rows(head_k, head_v, k_span, v_span); // as far as the next turn's
         } else {
+            const bool has_page = page_exists(args, page);
+            const uint64_t offset_k = offset(plan.k_strides, page, row_of_page),
+                           offset_v = offset(plan.v_strides, page, row_of_page);
+            if (plan.turns_in_pages) {
+                const char *k = head_k + offset_k, *v = head_v + offset_v;
+                copy_rows(k, v, has_page ? k_span : 0, has_page ? v_span : 0);
+                return;
+            }
             const unsigned with_page = __ballot_sync(~0u, has_page);
 #pragma unroll
             for (int n = 0; n < kCopies; ++n) {
                 const int lane = row % kRowsOfWarp * kCopies + n; // that has looked it up
                 const bool exists = with_page >> lane & 1;
-                const char *from_k = k + __shfl_sync(~0u, offset_k, lane),
-                           *from_v = v + __shfl_sync(~0u, offset_v, lane);
-                copy(n, from_k, from_v, exists ? k_span : 0, exists ? v_span : 0);
+                const char *k = head_k + __shfl_sync(~0u, offset_k, lane), *v = head_v + __shfl_sync(~0u, offset_v, lane);
+                copy(n, k, v, exists ? k_span : 0, exists ? v_span : 0);
             }
         }
     }
@@ -178,8 +196,8 @@ private:
         unit = __int_as_float((exponent - 14) << 23);
     }
 
-    // A turn's new tokens, which come from k and v; the block that has their first rows stores them in the cache, too.
-    static __device__ __forceinline__ void add_new_tokens(typename T::Stage &stage, const fa_kvcache_args &args,
+    // A turn's new tokens, which come from k and v.
+    static __device__ __forceinline__ void add_new(typename T::Stage &stage, const fa_kvcache_args &args,
                                                           const DecodePlan &plan, const Turn &turn) {
         const int start = turn.of.seq.start, token0 = turn.turn * kKeys, first = max(start, token0);
         constexpr int kPiece = 8, kOfRow = kDim / kPiece; // elements, pieces

@@ -28,6 +28,17 @@ __device__ __forceinline__ int load_relaxed(const int *p) {
 __device__ __forceinline__ void raise_release(int *p, int x) {
     asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
+// *p += x, after what this warp wrote before __syncwarp.
+__device__ __forceinline__ void add_release(int *p, int x) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+// Waits until others have made *p at least x by add_release, and can read what they wrote before.
+__device__ __forceinline__ void wait_acquire(const int *p, int x) {
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
+    } while (now < x);
+}
 
 // p[0..3] += x in the L2 cache; nobody waits for it. p: aligned to 16 bytes.
 __device__ __forceinline__ void reduce_add_4(float *p, float x0, float x1, float x2, float x3) {
