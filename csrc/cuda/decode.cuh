@@ -5,13 +5,19 @@
 // A block per SM takes a part of all lines' turns (decode_plan.cuh) and walks over it. Its warps have three trades, each with
 // a way of its own through the part:
 //
-//   copiers     wait until a stage is empty | copy a turn's K, V to it, and a line's Q   | stage is full
+//   copiers     wait until a stage is empty | copy a turn's K, V to it                   | stage is full
 //   attenders   wait until a stage is full  | add the turn to the chunk's (m, l, O)      | stage is empty; chunk: sums are there
 //   folders     wait for a chunk's sums     | fold them into the line's, or tell them    | sums were read; line: store o
+//                                             and load the next line's Q                 | Q is there
 //
-// Several turns are in shared memory or on their way. What is told of a line that blocks share decode_merge folds, which
-// starts while this kernel runs and waits for it. New tokens are rotated by the copiers, who take them from k and v, not from
-// the cache; the block that has their turn of the first rows stores them there.
+// Several turns are in shared memory or on their way. New tokens are rotated by the copiers, who take them from k and v, not
+// from the cache; the block that has their turn of the first rows stores them there.
+//
+// A block starts while the kernels before still run, finds its part by the lengths as they are then, and waits. After that
+// the lengths are most often the same; if not it finds its part again, and copies again what it has begun with.
+//
+// What is told of a line that blocks share decode_merge folds, as soon as all of it is told: it starts while this kernel runs,
+// after each of its blocks has marked what it will tell as not told yet.
 //
 // T makes a chunk's (m, l, O): on tensor cores (decode_tensor_core.cuh) or CUDA cores (decode_fused.cuh).
 #ifndef FA_DECODE_CUH
@@ -23,18 +29,19 @@
 #include "cuda/ptx/sync.cuh"
 
 enum { kMostStages = 16 };
-enum { kSumsFull = 1, kSumsEmpty = 2, kOfAttenders = 3 }; // named barriers
+enum { kSumsFull = 1, kSumsEmpty = 2, kOfAttenders = 3, kOfCopiers = 4 }; // named barriers
 
 template <typename T>
 struct DecodeSmem {
     typename T::Queries queries[2]; // of this line and the next
     typename T::Sums sums;
     Part<typename T::Real> line[T::kRows * T::kDim / 4]; // sums of the chunks before, of a line that the block begins
-    Cursor<T::kKeys> part[2]; // by the lengths as they were at first, and as they are
-    Mbarrier queries_empty[2];   // attenders arrive, a lane of each warp; copiers wait
-    Mbarrier full[kMostStages];  // copiers arrive, each thread twice; attenders wait
-    Mbarrier empty[kMostStages]; // attenders arrive, a lane of each warp; copiers wait
-    typename T::Stage stages[1]; // plan.stages of them
+    Cursor<T::kKeys> part[2];                            // by the lengths as they were at first, and as they are
+    Mbarrier queries_full[2];                            // folders arrive, each thread twice; attenders wait
+    Mbarrier queries_empty[2];                           // attenders arrive, a lane of each warp; folders wait
+    Mbarrier full[kMostStages];                          // copiers arrive, each thread twice; attenders wait
+    Mbarrier empty[kMostStages];                         // attenders arrive, a lane of each warp; copiers wait
+    typename T::Stage stages[1];                         // plan.stages of them
 };
 
 // Stages in turn, and the parity of the phase that a wait is for.
@@ -53,7 +60,7 @@ __device__ __forceinline__ bool meet(bool has_changed = false) { return __syncth
 template <typename T>
 __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
     typename T::Copier copier(plan);
-    StageRing ring, lines;
+    StageRing ring;
     Cursor<T::kKeys> turn, next; // next: its pages are on their way while a turn is copied, if there are any
     const auto start = [&](const Cursor<T::kKeys> &at) {
         turn = next = at;
@@ -74,15 +81,12 @@ __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache
         if (!is_known) wait_for_prerequisites();
         smem.empty[ring.stage].wait(ring.parity ^ 1);
         copier.copy(smem.stages[ring.stage], args, plan, turn);
-        if (turn.begins_line()) {
-            smem.queries_empty[lines.stage].wait(lines.parity ^ 1);
-            copier.load(smem.queries[lines.stage], args, plan, turn);
-        }
         if (!is_known) {
             is_known = true;
             if (meet()) { // it is not: once more
                 cp_async_commit();
                 cp_async_wait<0>();
+                barrier_wait(kOfCopiers, T::kCopiers); // no copy comes after what another thread puts in its place
                 start(smem.part[1]);
                 continue;
             }
@@ -91,7 +95,6 @@ __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache
         copier.add_new_tokens(smem.stages[ring.stage], args, plan, turn);
         smem.full[ring.stage].arrive_after_copies();
         smem.full[ring.stage].arrive();
-        if (turn.begins_line()) lines.advance(2);
         ring.advance(plan.stages);
         if constexpr (T::kLooksAhead)
             turn = next;
@@ -107,7 +110,7 @@ template <typename T>
 __device__ __forceinline__ void attend_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
     const int thread = static_cast<int>(threadIdx.x) - T::kCopiers;
     if (thread < plan.stages) smem.full[thread].init(2 * T::kCopiers), smem.empty[thread].init(T::kAttenders / 32);
-    if (thread < 2) smem.queries_empty[thread].init(T::kAttenders / 32);
+    if (thread < 2) smem.queries_full[thread].init(2 * kFolders), smem.queries_empty[thread].init(T::kAttenders / 32);
     meet();
     wait_for_prerequisites();
     meet();
@@ -120,7 +123,10 @@ __device__ __forceinline__ void attend_turns(DecodeSmem<T> &smem, const fa_kvcac
     };
     bool has_told = false;
     while (turn.left > 0) {
-        if (turn.begins_line()) attender.begin_line(args, plan, turn);
+        if (turn.begins_line()) {
+            attender.begin_line(args, plan, turn);
+            smem.queries_full[lines.stage].wait(lines.parity);
+        }
         const int turns = turn.chunk_turns();
         const bool ends_line = turn.turn + turns == turn.of.turns.last;
         attender.begin_chunk();
@@ -168,10 +174,10 @@ __device__ __forceinline__ void announce(const DecodePlan &plan, const Cursor<kK
     __syncwarp();
 }
 
-// By the first warp of the folders, or by the others, which wait for it.
+// By the first warp of the folders, or by the others, which wait for it. Returns to it the line in which the part ends.
 template <typename T>
-__device__ __forceinline__ void find_part(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan,
-                                          bool finds) {
+__device__ __forceinline__ ToldLine find_part(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan,
+                                              bool finds) {
     GivenLengths lengths;
     Cursor<T::kKeys> part;
     ToldLine last;
@@ -190,16 +196,13 @@ __device__ __forceinline__ void find_part(DecodeSmem<T> &smem, const fa_kvcache_
         meet(has_changed);
         if (time == 0) wait_for_prerequisites();
     }
-    if (finds) {
-        announce(plan, smem.part[1], last);
-        let_dependents_start();
-    }
+    return last;
 }
 
 // Some columns of a row; col(c): where column c of the part is.
 template <typename Real, int kKeys, typename Col>
-__device__ __forceinline__ void store_result(const fa_kvcache_args &args, const Cursor<kKeys> &turn, const QueryRow &row,
-                                             Part<Real> part, const Col &col) {
+__device__ __forceinline__ void store_result(const fa_kvcache_args &args, const Cursor<kKeys> &turn,
+                                             const QueryRow &row, Part<Real> part, const Col &col) {
     RowResult<Real>(args, turn.b, turn.head, row).finish(args, part, col(0) == 0);
     const int64_t at = fa_row_offset(&args.o, turn.b, row.h, row.i);
 #pragma unroll
@@ -213,11 +216,32 @@ __device__ __forceinline__ void fold_chunks(DecodeSmem<T> &smem, const fa_kvcach
     using Real = typename T::Real;
     constexpr int kQuads = T::kDim / 4;
     const int thread = static_cast<int>(threadIdx.x) - T::kCopiers - T::kAttenders;
-    find_part(smem, args, plan, thread < 32);
-    Cursor<T::kKeys> turn = smem.part[1];
+    const ToldLine last = find_part(smem, args, plan, thread < 32);
+    Cursor<T::kKeys> turn = smem.part[1], ahead = turn; // ahead: the line whose queries come next
+    StageRing lines;
+    const auto load_queries = [&] {
+        if (ahead.left <= 0) return;
+        smem.queries_empty[lines.stage].wait(lines.parity ^ 1);
+        T::Copier::load(smem.queries[lines.stage], args, plan, ahead, thread);
+        smem.queries_full[lines.stage].arrive_after_copies();
+        smem.queries_full[lines.stage].arrive();
+        lines.advance(2);
+        ahead.advance(args, plan, ahead.of.turns.last - ahead.turn);
+    };
     int chunk = 0, first_chunk = 0; // first_chunk: of the line's in this part
-    for (int turns; turn.left > 0; turn.advance(args, plan, turns), ++chunk) {
-        if (turn.begins_line()) chunk = first_chunk = turn.chunk();
+    bool is_first = true;
+    for (int turns;; turn.advance(args, plan, turns), ++chunk) {
+        if (is_first || (turn.left > 0 && turn.begins_line())) {
+#pragma unroll 1
+            for (int n = is_first ? 2 : 1; n > 0; --n) load_queries();
+            if (is_first && thread < 32) {
+                announce(plan, turn, last);
+                let_dependents_start();
+            }
+            is_first = false;
+            chunk = first_chunk = turn.chunk();
+        }
+        if (turn.left <= 0) break;
         turns = turn.chunk_turns();
         const int count = turn.rows(plan, T::kRows) * kQuads;
         const bool folds = turn.part_begin == turn.of.turns.first, ends_line = turn.turn + turns == turn.of.turns.last;
@@ -333,7 +357,7 @@ static DecodePlan decode_plan(const fa_kvcache_args *args) {
             static_cast<int>(of_sequence),
             static_cast<int>(blocks),
             static_cast<int>(parts_a_line),
-            static_cast<int>(fa_min(fa_min(fa_ceil_div(kMostChunks, of_sequence), kMostOfLine), turns)),
+            static_cast<int>(fa_min(fa_min(fa_ceil_div(kMostChunks, fa_max(of_sequence, 1)), kMostOfLine), turns)),
             static_cast<int>(fa_min(rows, T::kRows)),
             static_cast<int>(!shares           ? 0
                              : has_line_places ? lines

@@ -110,13 +110,13 @@ public:
         if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new(&stage, &args, turn);
     }
 
-    // The rows of a line, rotated, in q's dtype.
-    __device__ __forceinline__ void load(typename T::Queries &queries, const fa_kvcache_args &args,
-                                         const DecodePlan &plan, const Turn &turn) const {
+    // By the folders: the rows of a line, rotated, in q's dtype.
+    static __device__ __forceinline__ void load(typename T::Queries &queries, const fa_kvcache_args &args,
+                                                const DecodePlan &plan, const Turn &turn, int thread) {
         const bool copies = !args.rotary.cos && has_vectors_of<Real>(args.q, args.dtype);
         const int width = static_cast<int>(args.head_dim), count = turn.rows(plan, kRows) * kColumns;
 #pragma unroll 1
-        for (int n = static_cast<int>(threadIdx.x); n < count; n += kCopiers) {
+        for (int n = thread; n < count; n += kFolders) {
             const int row = n / kColumns, col = n % kColumns * kVec<Real>;
             const QueryRow of(plan, turn.head, turn.row0(kRows) + row);
             const int64_t at = fa_row_offset(&args.q, turn.b, of.h, of.i);

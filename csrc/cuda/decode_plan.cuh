@@ -37,7 +37,7 @@ struct DecodePlan {
     bool turns_in_pages;               // each turn lies within a page
     bool is_modified;                  // scores by softcap, slopes or tree_mask
     CacheStrides k_strides, v_strides; // where rows are made of 16 bytes, aligned
-    void *told;                        // ToldLine [places], a word for each chunk: [places][line_chunks], ToldChunk alike
+    void *told; // ToldLine [places], a word for each chunk: [places][line_chunks], ToldChunk alike
 };
 
 // Reads a word of each line of the parameters, all at once: one after the other, when they are first needed, each would be
@@ -191,7 +191,7 @@ class Partition {
         }
         __device__ __forceinline__ int total() const { return __shfl_sync(~0u, end, 31); }
     };
-    Slots first;             // of b0 = 0
+    Slots first;          // of b0 = 0
     Sequence<kKeys> only; // of one
     __device__ __forceinline__ Slots slots_from(int b0) const {
         GivenLengths lengths;
@@ -254,8 +254,8 @@ public:
     }
     // Each lane may ask for its own.
     __device__ __forceinline__ Sequence<kKeys> sequence(int b) const {
-        Sequence<kKeys> of = only;
-        if (args.batch == 1) return of;
+        if (args.batch == 1) return only;
+        Sequence<kKeys> of;
         const int length = given.length(b);
         of.be_of(args, plan, args.batch > kCount ? load_relaxed(args.cache_seqlens + b) : length);
         return of;

@@ -48,54 +48,85 @@ __device__ __forceinline__ float descale_of(const fa_per_head &t, int b, int h) 
     return t.data ? static_cast<const float *>(t.data)[b * t.stride_b + h * t.stride_h] : 1.0f;
 }
 
-// x = elements d0 to d0 + kCount of a row, 0 beyond its width; rotated, if `rotates`, as what stands at `position`. All is
-// asked for before any of it is waited for.
+// Neighbours, 0 from `count` on; at once where they lie so.
+template <int kCount, typename Element>
+__device__ __forceinline__ void load_run(Element (&x)[kCount], const Element *from, int count) {
+    constexpr int kBytes = kCount * sizeof(Element), kAtOnce = kBytes < 16 ? kBytes : 16;
+    struct alignas(kAtOnce) Words {
+        Element x[kAtOnce / sizeof(Element)];
+    };
+    if (count >= kCount && reinterpret_cast<uintptr_t>(from) % kAtOnce == 0) {
+#pragma unroll
+        for (int n = 0; n < kBytes / kAtOnce; ++n) {
+            const Words words = reinterpret_cast<const Words *>(from)[n];
+#pragma unroll
+            for (int c = 0; c < kAtOnce / sizeof(Element); ++c) x[n * (kAtOnce / sizeof(Element)) + c] = words.x[c];
+        }
+    } else {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) x[c] = c < count ? from[c] : Element(0.0f);
+    }
+}
+
+// x = elements d0 to d0 + kCount of a row, 0 beyond its width; rotated, if `rotates`, as what stands at `position`. d0 is a
+// multiple of kCount. All is asked for before any of it is waited for.
 template <typename Element, int kCount, typename Real>
 __device__ __forceinline__ void load_rotated(Real (&x)[kCount], const fa_kvcache_args &args, const fa_tensor &t,
                                              int64_t row_at, int d0, int width, bool rotates, int64_t position) {
     const Element *const row = static_cast<const Element *>(t.data) + row_at;
-    Element own[kCount], other[kCount];
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) own[c] = d0 + c < width ? row[d0 + c] : Element(0.0f);
     const fa_rotary &rotary = args.rotary;
     const int dim = rotates && rotary.cos ? static_cast<int>(rotary.dim) : 0, half = dim / 2;
-    const auto is_second = [&](int d) { return rotary.interleaved ? d % 2 != 0 : d >= half; };
-    const auto pair = [&](int d) { return rotary.interleaved ? d / 2 : d >= half ? d - half : d; };
-    Real cosine[kCount], sine[kCount];
-    if (d0 < dim) {
+    Element own[kCount], other[kCount];
+    load_run(own, row + d0, width - d0);
+    if (d0 >= dim) {
 #pragma unroll
-        for (int c = 0; c < kCount; ++c) {
-            const int d = d0 + c, partner = rotary.interleaved ? d ^ 1 : d >= half ? d - half : d + half;
-            other[c] = d < dim ? row[partner] : Element(0.0f);
+        for (int c = 0; c < kCount; ++c) x[c] = real_of<Real>(own[c]);
+        return;
+    }
+    const int64_t at = fa_clamp(position, 0, rotary.positions - 1) * half;
+    const auto rotate = [&](auto of_type) {
+        using Table = decltype(of_type);
+        const Table *const cosines = static_cast<const Table *>(rotary.cos) + at;
+        const Table *const sines = static_cast<const Table *>(rotary.sin) + at;
+        if (rotary.interleaved) {
+            Table cosine[kCount / 2], sine[kCount / 2];
+            load_run(cosine, cosines + d0 / 2, half - d0 / 2), load_run(sine, sines + d0 / 2, half - d0 / 2);
+#pragma unroll
+            for (int c = 0; c < kCount; c += 2) {
+                const Real first = real_of<Real>(own[c]), second = real_of<Real>(own[c + 1]);
+                x[c] = first, x[c + 1] = second;
+                if (d0 + c >= dim) continue;
+                const Real by = real_of<Real>(cosine[c / 2]), sin = real_of<Real>(sine[c / 2]);
+                x[c] = fma_of(first, by, product(-second, sin));
+                x[c + 1] = fma_of(second, by, product(first, sin));
+            }
+            return;
         }
-        const int64_t at = fa_clamp(position, 0, rotary.positions - 1) * half;
-        const auto load_angles = [&](auto of_type) {
-            using Table = decltype(of_type);
-            const Table *const cosines = static_cast<const Table *>(rotary.cos) + at;
-            const Table *const sines = static_cast<const Table *>(rotary.sin) + at;
-            Table loaded[2][kCount];
+        Table cosine[kCount], sine[kCount];
+        if (half % kCount == 0) {
+            const int pair = d0 < half ? d0 : d0 - half;
+            load_run(other, row + (d0 < half ? d0 + half : pair), kCount);
+            load_run(cosine, cosines + pair, kCount), load_run(sine, sines + pair, kCount);
+        } else {
 #pragma unroll
             for (int c = 0; c < kCount; ++c) {
-                const bool is_there = d0 + c < dim;
-                loaded[0][c] = is_there ? cosines[pair(d0 + c)] : Table(1.0f);
-                loaded[1][c] = is_there ? sines[pair(d0 + c)] : Table(0.0f);
+                const int d = min(d0 + c, dim - 1), pair = d < half ? d : d - half;
+                other[c] = row[d < half ? d + half : pair], cosine[c] = cosines[pair], sine[c] = sines[pair];
             }
+        }
 #pragma unroll
-            for (int c = 0; c < kCount; ++c)
-                cosine[c] = real_of<Real>(loaded[0][c]), sine[c] = real_of<Real>(loaded[1][c]);
-        };
-        if (rotary.dtype == FA_FLOAT32)
-            load_angles(float());
-        else
-            load_angles(Element());
-    }
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-        x[c] = real_of<Real>(own[c]);
-        if (d0 + c >= dim) continue;
-        const Real partner = real_of<Real>(other[c]);
-        x[c] = fma_of(x[c], cosine[c], product(is_second(d0 + c) ? partner : -partner, sine[c]));
-    }
+        for (int c = 0; c < kCount; ++c) {
+            x[c] = real_of<Real>(own[c]);
+            if (d0 + c >= dim) continue;
+            const Real partner = real_of<Real>(other[c]);
+            x[c] = fma_of(x[c], real_of<Real>(cosine[c]),
+                          product(d0 + c < half ? -partner : partner, real_of<Real>(sine[c])));
+        }
+    };
+    if (rotary.dtype == FA_FLOAT32)
+        rotate(float());
+    else
+        rotate(Element());
 }
 
 // A row of a line: query i of head h.
@@ -146,8 +177,7 @@ struct RowResult {
         for (int c = 0; c < kColumns; ++c) part.o[c] *= scale;
         if (args.lse.data && has_first)
             store(args.lse.data, args.dtype == FA_FLOAT64 ? FA_FLOAT64 : FA_FLOAT32, lse_at,
-                  part.sum == 0 ? -infinity(Real())
-                                : (part.max + log2_of(part.sum)) * Real(0.69314718055994530942));
+                  part.sum == 0 ? -infinity(Real()) : (part.max + log2_of(part.sum)) * Real(0.69314718055994530942));
     }
 };
 

@@ -89,12 +89,12 @@ public:
         if (has_new_tokens(args, turn)) add_new(stage, args, plan, turn);
     }
 
-    // The rows of a line, rotated; zeros beyond them.
-    __device__ __forceinline__ void load(typename T::Queries &queries, const fa_kvcache_args &args,
-                                         const DecodePlan &plan, const Turn &turn) const {
+    // By the folders: the rows of a line, rotated; zeros beyond them.
+    static __device__ __forceinline__ void load(typename T::Queries &queries, const fa_kvcache_args &args,
+                                                const DecodePlan &plan, const Turn &turn, int thread) {
         constexpr int kColumns = kDim / 8;
 #pragma unroll 1
-        for (int n = static_cast<int>(threadIdx.x); n < kRows * kColumns; n += kCopiers) {
+        for (int n = thread; n < kRows * kColumns; n += kFolders) {
             const int row = n / kColumns, column = n % kColumns;
             const bool is_there = row < turn.rows(plan, kRows) && column * 8 < args.head_dim;
             const QueryRow of(plan, turn.head, turn.row0(kRows) + (is_there ? row : 0));
@@ -173,7 +173,8 @@ private:
             for (int n = 0; n < kCopies; ++n) {
                 const int lane = row % kRowsOfWarp * kCopies + n; // that has looked it up
                 const bool exists = with_page >> lane & 1;
-                const char *k = head_k + __shfl_sync(~0u, offset_k, lane), *v = head_v + __shfl_sync(~0u, offset_v, lane);
+                const char *k = head_k + __shfl_sync(~0u, offset_k, lane),
+                           *v = head_v + __shfl_sync(~0u, offset_v, lane);
                 copy(n, k, v, exists ? k_span : 0, exists ? v_span : 0);
             }
         }
@@ -198,7 +199,7 @@ private:
 
     // A turn's new tokens, which come from k and v.
     static __device__ __forceinline__ void add_new(typename T::Stage &stage, const fa_kvcache_args &args,
-                                                          const DecodePlan &plan, const Turn &turn) {
+                                                   const DecodePlan &plan, const Turn &turn) {
         const int start = turn.of.seq.start, token0 = turn.turn * kKeys, first = max(start, token0);
         constexpr int kPiece = 8, kOfRow = kDim / kPiece; // elements, pieces
         struct alignas(kPiece * sizeof(Cache)) Piece {
