@@ -57,6 +57,9 @@ struct StageRing {
 // those that find the part say so.
 __device__ __forceinline__ bool meet(bool has_changed = false) { return __syncthreads_or(has_changed); }
 
+// The lengths that a guess is made of are read once: they may change from one reading to the next.
+__device__ __forceinline__ bool can_guess(const fa_kvcache_args &args) { return args.batch <= GivenLengths::kCount; }
+
 template <typename T>
 __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
     typename T::Copier copier(plan);
@@ -67,10 +70,11 @@ __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache
         if constexpr (T::kLooksAhead) copier.look_up(args, plan, next);
     };
     // The first turn is copied as it seems to be, while it is found out whether it is.
-    bool is_known = false;
+    bool is_known = !can_guess(args);
     meet();
-    if (args.page_table) wait_for_prerequisites(); // which are written before
-    start(smem.part[0]);
+    if (is_known || args.page_table) wait_for_prerequisites(); // pages are written before
+    if (is_known) meet();
+    start(smem.part[is_known]);
     for (;;) {
         if (turn.begins_line()) copier.begin_line(args, plan, turn);
         if constexpr (T::kLooksAhead) {
@@ -181,13 +185,13 @@ __device__ __forceinline__ ToldLine find_part(DecodeSmem<T> &smem, const fa_kvca
     GivenLengths lengths;
     Cursor<T::kKeys> part;
     ToldLine last;
-    bool has_changed = finds;
+    bool has_changed = false;
 #pragma unroll 1
     for (int time = 0; time < 2; ++time) {
-        if (finds) {
+        if (finds && (time == 1 || can_guess(args))) {
             const GivenLengths before = lengths;
             lengths.read(args, 0);
-            has_changed = time == 0 || args.batch > GivenLengths::kCount || !(lengths == before);
+            has_changed = time == 0 || !can_guess(args) || !(lengths == before);
             if (has_changed)
                 last = part.find(args, plan, Partition<T::kKeys>(args, plan, lengths), static_cast<int>(blockIdx.x));
             if (threadIdx.x % 32 == 0) smem.part[time] = part;

@@ -1,6 +1,6 @@
 // The second kernel of decoding: lines that several blocks have chunks of. A block has one of them, if there is one at its
-// place, and folds what the line's blocks have told, from left to right (decode_sum.cuh), for some rows: a thread has four
-// columns of one, a warp works on its own.
+// place, waits until all of its chunks are told, and folds them from left to right (decode_sum.cuh), for some rows: a thread
+// has four columns of one, a warp works on its own.
 #ifndef FA_DECODE_MERGE_CUH
 #define FA_DECODE_MERGE_CUH
 
