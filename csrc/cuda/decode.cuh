@@ -64,6 +64,11 @@ template <typename T>
 __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache_args &args, const DecodePlan &plan) {
     typename T::Copier copier(plan);
     StageRing ring;
+    // 0, which ptxas cannot tell: in uniform registers it (CUDA 13.0) puts the stage's address where cp.async has its cache
+    // hint, and the instruction is illegal.
+    int thread = static_cast<int>(threadIdx.x);
+    keep(thread);
+    ring.stage = thread / T::kCopiers;
     Cursor<T::kKeys> turn, next; // next: its pages are on their way while a turn is copied, if there are any
     const auto start = [&](const Cursor<T::kKeys> &at) {
         turn = next = at;
