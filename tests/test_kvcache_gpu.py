@@ -268,12 +268,12 @@ def test_no_more_memory_is_taken_than_the_workspace_and_the_results(impl: str) -
     case = CacheCase("bf16", head_dim=128, heads_q=32, heads_kv=8, lengths=(9000,) * 4, page_size=64)
     arguments = inputs(case, impl)
     needed = workspace_bytes_with_kvcache(**arguments, impl=impl)
-    torch.cuda.empty_cache()  # the allocator hands out blocks that are left whole, up to 1 MiB larger
     run(arguments, impl)
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    # What is asked for: the allocator gives what it has, up to 1 MiB more.
+    held = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     o, lse = run(arguments, impl).values()
-    rounding = 3 * 512  # of torch's allocator
-    assert torch.cuda.max_memory_allocated() - held <= needed + o.nbytes + lse.nbytes + rounding
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    assert peak - held <= needed + o.nbytes + lse.nbytes
     assert needed < arguments["k_cache"].nbytes  # no copy of it
