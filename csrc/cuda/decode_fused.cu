@@ -1,5 +1,6 @@
 // Which tile on CUDA cores serves a request, and its launch: there is one for every request.
 #include "cuda/decode_fused.cuh"
+#include "cuda/decode_launch.cuh"
 
 // The tile of these rows, or of half as many, with two stages: that fits any device.
 template <typename Real, int kDim, int kRows, typename F>

@@ -2,6 +2,7 @@
 #ifndef FA_DECODE_TENSOR_CORE_LAUNCH_CUH
 #define FA_DECODE_TENSOR_CORE_LAUNCH_CUH
 
+#include "cuda/decode_launch.cuh"
 #include "cuda/decode_tensor_core.cuh"
 
 // Calls f with the tile for the request's head_dim and, if the device has shared memory for it, for its rows. The kernels are
