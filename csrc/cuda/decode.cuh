@@ -101,7 +101,7 @@ __device__ __forceinline__ void copy_turns(DecodeSmem<T> &smem, const fa_kvcache
             }
         }
         if (turn.left <= 0) break;
-        copier.add_new_tokens(smem.stages[ring.stage], args, plan, turn);
+        if (turn.has_new_tokens(args)) copier.add_new_tokens(smem.stages[ring.stage], args, plan, turn);
         smem.full[ring.stage].arrive_after_copies();
         smem.full[ring.stage].arrive();
         ring.advance(plan.stages);

@@ -107,7 +107,7 @@ public:
     }
     __device__ __forceinline__ void add_new_tokens(Stage &stage, const fa_kvcache_args &args, const DecodePlan &,
                                                    const Turn &turn) const {
-        if (args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start) add_new(&stage, &args, turn);
+        add_new(&stage, &args, turn);
     }
 
     // By the folders: the rows of a line, rotated, in q's dtype.

@@ -112,10 +112,11 @@ __device__ __forceinline__ ToldLine load_told_line(const DecodePlan &plan, int p
 
 enum { kFolders = 128 }; // threads that fold and tell chunks
 
-// Whether a chunk has been told: each of their warps adds 1.
+// Of all chunks that can be told.
 __host__ __device__ __forceinline__ int64_t nth_told(const DecodePlan &plan, int place, int chunk) {
     return static_cast<int64_t>(place) * plan.line_chunks + chunk;
 }
+// Whether a chunk has been told: each warp of the folders adds 1.
 __device__ __forceinline__ int &told_flag(const DecodePlan &plan, int place, int chunk) {
     return reinterpret_cast<int *>(static_cast<ToldLine *>(plan.told) + plan.places)[nth_told(plan, place, chunk)];
 }
@@ -333,7 +334,10 @@ struct Cursor {
         return {__shfl_sync(~0u, line.b, 1), __shfl_sync(~0u, line.line, 1), __shfl_sync(~0u, cut, 1) - 1,
                 __shfl_sync(~0u, chunks, 1)};
     }
-    __device__ __forceinline__ bool begins_line() const { return turn == part_begin; } // in this block
+    __device__ __forceinline__ bool begins_line() const { return turn == part_begin; }  // in this block
+    __device__ __forceinline__ bool has_new_tokens(const fa_kvcache_args &args) const { // in this turn
+        return args.k.data && (turn + 1) * kKeys > of.seq.start;
+    }
     // Of a chunk's first turn: the turns of the chunk, and its number.
     __device__ __forceinline__ int chunk_turns() const { return min(of.chunk_turns, of.turns.last - turn); }
     __device__ __forceinline__ int chunk() const { return (turn - of.turns.first) / of.chunk_turns; }

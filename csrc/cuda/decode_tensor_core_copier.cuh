@@ -78,15 +78,46 @@ public:
     // What is in the cache, and zeros.
     __device__ __forceinline__ void copy(typename T::Stage &stage, const fa_kvcache_args &args, const DecodePlan &plan,
                                          const Turn &turn) {
-        if (has_new_tokens(args, turn))
+        if (turn.has_new_tokens(args))
             copy_old<true>(stage, args, plan, turn);
         else
             copy_old<false>(stage, args, plan, turn);
     }
-    // What is not; the block that has their first rows stores them in the cache, too.
-    __device__ __forceinline__ void add_new_tokens(typename T::Stage &stage, const fa_kvcache_args &args,
-                                                   const DecodePlan &plan, const Turn &turn) const {
-        if (has_new_tokens(args, turn)) add_new(stage, args, plan, turn);
+    // A turn's new tokens, which come from k and v; the block that has their first rows stores them in the cache, too.
+    static __device__ __forceinline__ void add_new_tokens(typename T::Stage &stage, const fa_kvcache_args &args,
+                                                          const DecodePlan &plan, const Turn &turn) {
+        const int start = turn.of.seq.start, token0 = turn.turn * kKeys, first = max(start, token0);
+        constexpr int kPiece = 8, kOfRow = kDim / kPiece; // elements, pieces
+        struct alignas(kPiece * sizeof(Cache)) Piece {
+            Cache x[kPiece];
+        };
+        const int pieces = (min(turn.of.seq.len_k, token0 + kKeys) - first) * kOfRow; // of K, and of V
+#pragma unroll 1
+        for (int n = static_cast<int>(threadIdx.x); n < 2 * pieces; n += kCopiers) {
+            const bool is_k = n < pieces;
+            const int piece = is_k ? n : n - pieces, col = piece % kOfRow * kPiece, token = first + piece / kOfRow;
+            const fa_tensor &from = is_k ? args.k : args.v, &cache = is_k ? args.k_cache : args.v_cache;
+            const int width = static_cast<int>(is_k ? args.head_dim : args.head_dim_v);
+            float x[kPiece];
+            load_rotated<Element>(x, args, from, fa_row_offset(&from, turn.b, turn.head, token - start), col, width,
+                                  is_k, token);
+            const fa_per_head &descale = is_k ? args.k_descale : args.v_descale;
+            const float scale = descale_of(descale, turn.b, turn.head);
+            Piece stored;
+#pragma unroll
+            for (int c = 0; c < kPiece; ++c)
+                store_cached<float>(stored.x, T::kIsFloat8 ? FA_FLOAT8_E4M3 : kDtype<Element>, c,
+                                    descale.data ? x[c] / scale : x[c]);
+            const int page = page_of(args, plan, turn.b, token, turn.of.seq.len_k);
+            if (!page_exists(args, page)) stored = {};
+            Tile &tile = is_k ? stage.k : stage.v;
+            Cache *const to = reinterpret_cast<Cache *>(tile.at(token - token0, col / Tile::kPerColumn));
+            *reinterpret_cast<Piece *>(to + col % Tile::kPerColumn) = stored;
+            if (turn.m_block > 0 || !page_exists(args, page) || col >= width) continue;
+            Cache *const head = static_cast<Cache *>(cache.data) + turn.head * cache.stride_h;
+            *reinterpret_cast<Piece *>(head + page * cache.stride_b + row_in_page(plan, token) * cache.stride_l + col) =
+                stored;
+        }
     }
 
     // By the folders: the rows of a line, rotated; zeros beyond them.
@@ -131,9 +162,6 @@ private:
         return (static_cast<uint64_t>(static_cast<unsigned>(page)) * strides.page +
                 static_cast<uint64_t>(static_cast<unsigned>(row)) * strides.row) *
                16;
-    }
-    static __device__ __forceinline__ bool has_new_tokens(const fa_kvcache_args &args, const Turn &turn) {
-        return args.k.data && (turn.turn + 1) * kKeys > turn.of.seq.start;
     }
 
     // kHasNew: nothing is copied where a new token comes, it might come after that.
@@ -195,43 +223,6 @@ private:
 #pragma unroll
         for (int c = 0; c < 8; ++c) x[c] *= factor;
         unit = __int_as_float((exponent - 14) << 23);
-    }
-
-    // A turn's new tokens, which come from k and v.
-    static __device__ __forceinline__ void add_new(typename T::Stage &stage, const fa_kvcache_args &args,
-                                                   const DecodePlan &plan, const Turn &turn) {
-        const int start = turn.of.seq.start, token0 = turn.turn * kKeys, first = max(start, token0);
-        constexpr int kPiece = 8, kOfRow = kDim / kPiece; // elements, pieces
-        struct alignas(kPiece * sizeof(Cache)) Piece {
-            Cache x[kPiece];
-        };
-        const int pieces = (min(turn.of.seq.len_k, token0 + kKeys) - first) * kOfRow; // of K, and of V
-#pragma unroll 1
-        for (int n = static_cast<int>(threadIdx.x); n < 2 * pieces; n += kCopiers) {
-            const bool is_k = n < pieces;
-            const int piece = is_k ? n : n - pieces, col = piece % kOfRow * kPiece, token = first + piece / kOfRow;
-            const fa_tensor &from = is_k ? args.k : args.v, &cache = is_k ? args.k_cache : args.v_cache;
-            const int width = static_cast<int>(is_k ? args.head_dim : args.head_dim_v);
-            float x[kPiece];
-            load_rotated<Element>(x, args, from, fa_row_offset(&from, turn.b, turn.head, token - start), col, width,
-                                  is_k, token);
-            const fa_per_head &descale = is_k ? args.k_descale : args.v_descale;
-            const float scale = descale_of(descale, turn.b, turn.head);
-            Piece stored;
-#pragma unroll
-            for (int c = 0; c < kPiece; ++c)
-                store_cached<float>(stored.x, T::kIsFloat8 ? FA_FLOAT8_E4M3 : kDtype<Element>, c,
-                                    descale.data ? x[c] / scale : x[c]);
-            const int page = page_of(args, plan, turn.b, token, turn.of.seq.len_k);
-            if (!page_exists(args, page)) stored = {};
-            Tile &tile = is_k ? stage.k : stage.v;
-            Cache *const to = reinterpret_cast<Cache *>(tile.at(token - token0, col / Tile::kPerColumn));
-            *reinterpret_cast<Piece *>(to + col % Tile::kPerColumn) = stored;
-            if (turn.m_block > 0 || !page_exists(args, page) || col >= width) continue;
-            Cache *const head = static_cast<Cache *>(cache.data) + turn.head * cache.stride_h;
-            *reinterpret_cast<Piece *>(head + page * cache.stride_b + row_in_page(plan, token) * cache.stride_l + col) =
-                stored;
-        }
     }
 };
 
